@@ -1,0 +1,49 @@
+# Everything happens in .venv; `make quickstart` and `make test` set it up by themselves.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/neox-jax
+OUT := runs/quickstart
+
+.PHONY: quickstart test lint clean
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[data,viz]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# Each step's files stay, so that an interrupted quickstart goes on where it was.
+$(OUT)/corpus/train.jsonl: | $(VENV)/.installed
+	$(RUN) corpus $(OUT)/corpus
+
+$(OUT)/tokenizer.json: $(OUT)/corpus/train.jsonl
+	$(RUN) train-tokenizer $(OUT)/corpus/train.jsonl --vocab-size 4096 --output $@
+
+$(OUT)/data/%.idx: $(OUT)/tokenizer.json
+	$(RUN) tokenize $(OUT)/corpus/$*.jsonl --tokenizer $(OUT)/tokenizer.json --append-eod --output $(OUT)/data/$*
+
+quickstart: $(OUT)/data/train.idx $(OUT)/data/heldout.idx
+	$(RUN) train --config configs/quickstart.py --workdir $(OUT)/run
+	@echo; echo "The same held-out text, from beginning to end:"
+	@echo "neox_jax   $$($(RUN) eval --model $(OUT)/run --text $(OUT)/corpus/heldout.txt)"
+	@echo "gzip -9    $$(gzip -9 -c $(OUT)/corpus/heldout.txt | wc -c | awk -v n=$$(wc -c < $(OUT)/corpus/heldout.txt) '{printf "%.4f bits per byte", 8 * $$1 / n}')"
+	@rm -rf $(OUT)/hf
+	@$(RUN) convert $(OUT)/run $(OUT)/hf --to hf
+	@echo; echo "What to do next:"
+	@echo "  $(RUN) generate --model $(OUT)/run --prompt 'def read(' --temperature 0.8 --top-p 0.95"
+	@echo "  transformers.AutoModelForCausalLM.from_pretrained('$(OUT)/hf')      # the same model in PyTorch"
+	@echo "  $(RUN) train --config configs/quickstart.py --workdir $(OUT)/longer --config.train.steps=5000"
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(OUT) .jax_cache .pytest_cache

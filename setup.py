@@ -1,0 +1,53 @@
+"""Packaging of neox_jax. Pinned to what the tests ran on; ranges name every version the code is checked against."""
+
+from setuptools import find_packages, setup
+
+BASE = [
+    "jax>=0.10.2,<0.12",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorstore>=0.1.86",
+    "tokenizers>=0.23,<0.24",
+    "ml_collections>=1.1,<2",
+    "safetensors>=0.8,<0.9",
+    "grain>=0.2.18,<0.3",
+    "numpy>=2.2,<3",
+    "rich>=15,<16",
+]
+HUB = ["huggingface_hub>=2.4,<3"]
+DATA = ["zstandard>=0.25,<1"]
+VIZ = ["tensorboardX>=2.6,<3"]
+TEST = [
+    *HUB,
+    *DATA,
+    *VIZ,
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",
+    "pytest-timeout>=2.4,<3",
+    "hypothesis>=6,<7",
+    "ruff==0.17.5",
+]
+
+setup(
+    name="neox_jax",
+    version="0.1.0",
+    description="GPT-NeoX in JAX: train, convert, evaluate and generate with GPT-NeoX-20B and every Pythia.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["neox_jax", "neox_jax.*"]),
+    install_requires=BASE,
+    extras_require={
+        "hub": HUB,
+        "data": DATA,
+        "viz": VIZ,
+        "test": TEST,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+    },
+    entry_points={"console_scripts": ["neox-jax = neox_jax.cli:main"]},
+)
