@@ -1,0 +1,19 @@
+"""Pythia-12B: 143,000 steps of 1,024 x 2,048 tokens of the Pile, in Pythia's own order.
+
+    neox-jax train --config configs/pythia_12b.py --workdir runs/pythia_12b
+
+Published run: 256 A100-40GB, 72,300 GPU hours (arXiv:2304.01373), float16 where this uses bfloat16.
+To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .705 / .760 / .702 / .902.
+Unlike the smaller sizes it starts from N(0, 0.02), which its preset states.
+Not run here from beginning to end: the mesh is where to start on your own devices.
+"""
+
+from pythia import recipe
+
+
+def get_config():
+    config = recipe("pythia-12b", learning_rate=1.2e-4)
+    config.mesh.data = 1
+    config.mesh.fsdp = -1  # parameters and optimizer state spread over all devices
+    config.train.remat = "full"
+    return config

@@ -1,0 +1,15 @@
+"""Pythia-160M: 143,000 steps of 1,024 x 2,048 tokens of the Pile, in Pythia's own order.
+
+    neox-jax train --config configs/pythia_160m.py --workdir runs/pythia_160m
+
+Published run: 32 A100-40GB, 1,030 GPU hours (arXiv:2304.01373), float16 where this uses bfloat16.
+To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .328 / .627 / .435 / .741.
+Not run here from beginning to end: the mesh is where to start on your own devices.
+"""
+
+from pythia import recipe
+
+
+def get_config():
+    config = recipe("pythia-160m", learning_rate=6e-4)
+    return config

@@ -1,0 +1,18 @@
+"""Pythia-1.4B: 143,000 steps of 1,024 x 2,048 tokens of the Pile, in Pythia's own order.
+
+    neox-jax train --config configs/pythia_1_4b.py --workdir runs/pythia_1_4b
+
+Published run: 64 A100-40GB, 7,120 GPU hours (arXiv:2304.01373), float16 where this uses bfloat16.
+To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .616 / .709 / .607 / .865.
+Not run here from beginning to end: the mesh is where to start on your own devices.
+"""
+
+from pythia import recipe
+
+
+def get_config():
+    config = recipe("pythia-1.4b", learning_rate=2e-4)
+    config.mesh.data = 1
+    config.mesh.fsdp = -1  # parameters and optimizer state spread over all devices
+    config.train.remat = "full"
+    return config

@@ -1,0 +1,38 @@
+"""Names and sizes of the leaves of a pytree of arrays."""
+
+import math
+
+import jax
+import numpy as np
+
+NO_DECAY = ("bias", "scale")  # last part of the name; the number of dims says nothing, since layers are stacked
+
+
+def leaf_name(path) -> str:
+    """The dotted name of a pytree path: 'layers.mlp.dense_h_to_4h.kernel', for modules and for pure dicts alike."""
+    parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return ".".join(parts[:-1] if parts[-1] == "value" and len(parts) > 1 else parts)
+
+
+def named_leaves(tree) -> dict:
+    """Maps each leaf's name to the leaf, in the tree's order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(function, tree, *rest):
+    """Like jax.tree.map, but calls function(name, leaf, *rest)."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(leaf_name(path), *leaves), tree, *rest)
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to the parameter: all but biases and LayerNorm's parameters."""
+    return name.rsplit(".", 1)[-1] not in NO_DECAY
+
+
+def num_elements(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree) -> int:
+    """Bytes of all leaves, each counted once however it is replicated."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
