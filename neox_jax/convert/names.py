@@ -1,0 +1,108 @@
+"""THE table: our parameter names, Hugging Face's, and the change of layout between them, for both directions.
+
+SHAPES  D model  N heads  C query, key, value  H head dim  F mlp  V vocab
+A stored dim merges some of our dims in order, so a conversion is one transpose and one reshape. The leading dim of
+our stacked parameters, the layer, is not in `dims`: it is in the stored name.
+"""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+Dims = tuple[tuple[int, ...], ...]
+_VECTOR: Dims = ((0,),)
+_TABLE: Dims = ((0,), (1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter. dims: for each dim of the stored tensor, which of our dims (of one layer) it merges, in order."""
+
+    name: str
+    hf: str
+    dims: Dims
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.hf
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its first dim is the vocabulary, whose rows we may pad."""
+        return self.dims == _TABLE and not self.stacked
+
+    def layers(self, shape: tuple[int, ...]) -> list[int | None]:
+        """The layers of a parameter of this shape, [None] where it is not stacked."""
+        return list(range(shape[0])) if self.stacked else [None]
+
+    def hf_name(self, layer: int | None) -> str:
+        return self.hf.format(layer=layer)
+
+
+_LAYER = "gpt_neox.layers.{layer}."
+
+ROWS = (
+    Row("embed_in.embedding", "gpt_neox.embed_in.weight", _TABLE),  # [V, D]
+    Row("layers.input_layernorm.scale", _LAYER + "input_layernorm.weight", _VECTOR),
+    Row("layers.input_layernorm.bias", _LAYER + "input_layernorm.bias", _VECTOR),
+    Row("layers.post_attention_layernorm.scale", _LAYER + "post_attention_layernorm.weight", _VECTOR),
+    Row("layers.post_attention_layernorm.bias", _LAYER + "post_attention_layernorm.bias", _VECTOR),
+    # Ours [D, N, C, H], stored [N*C*H, D]: per head its query, key and value, not three thirds.
+    Row("layers.attention.query_key_value.kernel", _LAYER + "attention.query_key_value.weight", ((1, 2, 3), (0,))),
+    Row("layers.attention.query_key_value.bias", _LAYER + "attention.query_key_value.bias", ((0, 1, 2),)),
+    Row("layers.attention.dense.kernel", _LAYER + "attention.dense.weight", ((2,), (0, 1))),  # [N, H, D], [D, N*H]
+    Row("layers.attention.dense.bias", _LAYER + "attention.dense.bias", _VECTOR),
+    Row("layers.mlp.dense_h_to_4h.kernel", _LAYER + "mlp.dense_h_to_4h.weight", ((1,), (0,))),  # [D, F], [F, D]
+    Row("layers.mlp.dense_h_to_4h.bias", _LAYER + "mlp.dense_h_to_4h.bias", _VECTOR),
+    Row("layers.mlp.dense_4h_to_h.kernel", _LAYER + "mlp.dense_4h_to_h.weight", ((1,), (0,))),  # [F, D], [D, F]
+    Row("layers.mlp.dense_4h_to_h.bias", _LAYER + "mlp.dense_4h_to_h.bias", _VECTOR),
+    Row("final_layer_norm.scale", "gpt_neox.final_layer_norm.weight", _VECTOR),
+    Row("final_layer_norm.bias", "gpt_neox.final_layer_norm.bias", _VECTOR),
+    Row("embed_out.embedding", "embed_out.weight", _TABLE),  # [V, D]
+)
+BY_NAME = {row.name: row for row in ROWS}
+
+# Buffers of old exports: the causal mask and the rotary frequencies, which follow from the config.
+_BUFFER = re.compile(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+
+
+def is_buffer(stored_name: str) -> bool:
+    return _BUFFER.fullmatch(stored_name) is not None
+
+
+def full_hf_name(stored_name: str) -> str:
+    """The name as in a GPTNeoXForCausalLM; an export of the base model leaves the prefix out."""
+    return stored_name if stored_name.startswith(("gpt_neox.", "embed_out.")) else f"gpt_neox.{stored_name}"
+
+
+def stored_shape(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+    """Our shape (of one layer) -> the stored one."""
+    return tuple(math.prod(shape[dim] for dim in merged) for merged in dims)
+
+
+def to_stored(array: np.ndarray, dims: Dims) -> np.ndarray:
+    """Our layout (of one layer) -> the stored one, contiguous."""
+    order = [dim for merged in dims for dim in merged]
+    return np.ascontiguousarray(array.transpose(order).reshape(stored_shape(array.shape, dims)))
+
+
+def from_stored(array: np.ndarray, dims: Dims, shape: tuple[int, ...]) -> np.ndarray:
+    """The stored layout -> ours (of one layer), a view of this shape."""
+    order = [dim for merged in dims for dim in merged]
+    return array.reshape([shape[dim] for dim in order]).transpose(np.argsort(order))
+
+
+def stored_slices(bounds: list[tuple[int, int]], shape: tuple[int, ...], dims: Dims) -> tuple[slice, ...]:
+    """Which part of the stored tensor holds this part of ours.
+
+    bounds: (start, stop) for each of our dims (of one layer). A merged dim can only be cut along its first part; the
+    others must be whole, as they are on any mesh (head_dim and qkv are never sharded).
+    """
+    slices = []
+    for first, *rest in dims:
+        assert all(bounds[dim] == (0, shape[dim]) for dim in rest), (bounds, shape, dims)
+        width = math.prod(shape[dim] for dim in rest)
+        slices.append(slice(bounds[first][0] * width, bounds[first][1] * width))
+    return tuple(slices)
