@@ -144,10 +144,10 @@ class ModelConfig:
             f"{key} is set: this is not a plain GPT-NeoX" for key in ("auto_map", "quantization_config") if hf.get(key)
         ]
         rope = hf.get("rope_parameters") or {}
-        scaling = hf.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-        if rope_type != "default":
-            problems.append(f"rotary scaling {rope_type!r} is not supported; only plain rotary embedding is")
+        for spelling in (rope, hf.get("rope_scaling") or {}):
+            rope_type = spelling.get("rope_type") or spelling.get("type") or "default"
+            if rope_type != "default":
+                problems.append(f"rotary scaling {rope_type!r} is not supported; only plain rotary embedding is")
         heads = hf.get("num_attention_heads", cls.num_attention_heads)
         if hf.get("num_key_value_heads", heads) != heads:
             problems.append("num_key_value_heads differs from num_attention_heads: grouped queries are not GPT-NeoX")

@@ -76,7 +76,7 @@ def train_step(
         return next_token_loss(model, tokens, remat=remat)
 
     loss, gradients = accumulate_gradients(loss_fn, state.params, tokens, microbatches, mesh)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     new = (optax.apply_updates(state.params, updates), optimizer_state)

@@ -1,0 +1,336 @@
+"""`neox-jax VERB`: the command line. Exit codes: 0 done, 2 bad usage, 65 bad data, config or mesh, 75 start again."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import neox_jax
+from neox_jax.errors import InputError
+
+EXIT_BAD_INPUT, EXIT_START_AGAIN = 65, 75
+SOURCE_HELP = "a Hugging Face folder or hub id, or a run folder (its newest checkpoint, or FOLDER@STEP)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; bad input is one line on stderr (a traceback with --debug)."""
+    arguments, overrides = _take_overrides(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if overrides and args.verb != "train":
+        parser.error(f"--config.{overrides[0][0]} goes with train only")
+    args.overrides = overrides
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at warning level
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        if args.debug:
+            raise
+        print(f"neox-jax: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("neox-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `neox-jax ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits off every --config.a.b=value."""
+    rest, overrides = [], []
+    for argument in arguments:
+        if argument.startswith("--config."):
+            name, equals, value = argument.removeprefix("--config.").partition("=")
+            if not equals:
+                print(f"neox-jax: {argument} has no value; write {argument}=VALUE", file=sys.stderr)
+                raise SystemExit(2)
+            overrides.append((name, value))
+        else:
+            rest.append(argument)
+    return rest, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="neox-jax", description="GPT-NeoX in JAX: train, convert, evaluate, generate."
+    )
+    parser.add_argument("--version", action="version", version=f"neox-jax {neox_jax.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(run=run)
+        return added
+
+    add = verb("train", _train, "Train a model; the same command again goes on where it stopped.").add_argument
+    add("--config", required=True, metavar="FILE", help="a file that defines get_config(), as those in configs/")
+    add("--workdir", required=True, metavar="DIR", help="the run folder: checkpoints, metrics, configuration")
+    add("--config.FIELD=VALUE", dest="shown_only", action="store_true", help="override a field, as train.steps=100")
+
+    add = verb("generate", _generate, "Continue a prompt, or every prompt of a jsonl file.").add_argument
+    add("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
+    add("--prompt", metavar="TEXT", help="text to go on from; what is generated streams to the terminal")
+    add("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...}')
+    add("--output", metavar="FILE.jsonl", help="the same lines with completion and finish_reason")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
+    add("--max-new-tokens", type=int, default=64, metavar="N")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token each time")
+    add("--top-k", type=int, default=0, metavar="N", help="0: no limit")
+    add("--top-p", type=float, default=1.0, metavar="X")
+    add("--min-p", type=float, default=0.0, metavar="X")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--ignore-eos", action="store_true")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
+    add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
+
+    add = verb("eval", _eval, "Score a model on held-out text: nats per token and bits per byte.").add_argument
+    add("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
+    add("--text", required=True, nargs="+", metavar="FILE", help="plain text files")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
+    add("--seq-length", type=int, default=0, metavar="T", help="tokens a window (default: the model's context)")
+    add("--batch-size", type=int, default=8, metavar="B")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
+    add("--json", action="store_true", help="print JSON")
+
+    add = verb("convert", _convert, "Convert a model into another format.").add_argument
+    add("source", metavar="SRC", help=SOURCE_HELP)
+    add("destination", metavar="DST", help="a new folder")
+    add("--to", required=True, choices=("hf", "orbax"), dest="format")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
+    add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
+
+    add = verb("tokenize", _tokenize, "Turn text into the .bin and .idx files that training reads.").add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=".txt (a document each), .jsonl, .jsonl.zst, or folders of them")
+    add("--tokenizer", required=True, metavar="FILE", help="a tokenizer.json")
+    add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    add("--append-eod", action="store_true", help="end each document with the end-of-text token")
+    add("--json-key", default="text", metavar="KEY", help="where a jsonl line has its text (default: text)")
+    add("--workers", type=int, default=1, metavar="N", help="processes")
+
+    add = verb(
+        "train-tokenizer", _train_tokenizer, "Train a byte-level BPE tokenizer by GPT-NeoX's recipe."
+    ).add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl, .jsonl.zst, or folders of them")
+    add("--vocab-size", required=True, type=int, metavar="N")
+    add("--output", required=True, metavar="FILE", help="the tokenizer.json to write")
+    add("--json-key", default="text", metavar="KEY", help="where a jsonl line has its text (default: text)")
+
+    add = verb("corpus", _corpus, "Collect a text corpus that every machine has: Python's own library.").add_argument
+    add("folder", metavar="DIR", help="writes train.jsonl, heldout.jsonl and heldout.txt")
+
+    add = verb("bench", _bench, "Measure training, decoding or prefill with random or real weights.").add_argument
+    add("what", choices=("train", "decode", "prefill"))
+    add("--model", metavar="SOURCE", help=SOURCE_HELP)
+    add("--preset", metavar="NAME", help="a model size with random weights, as pythia-70m")
+    add("--batch-size", type=int, default=1, metavar="B")
+    add("--seq-length", type=int, default=512, metavar="T", help="train, prefill: tokens a row; decode: new tokens")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--steps", type=int, default=5, metavar="N", help="timed repetitions, after one that is not")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _train(args) -> int:
+    from neox_jax.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from neox_jax.train import train
+
+    result = train(config, args.workdir)
+    if result.interrupted:
+        print(f"stopped and saved at step {result.step}; the same command goes on from there")
+        return EXIT_START_AGAIN
+    if result.valid_loss is not None:
+        bits = "" if result.valid_bits_per_byte is None else f", {result.valid_bits_per_byte:.3f} bits per byte"
+        print(f"held-out loss after step {result.step}: {result.valid_loss:.4f} nats per token{bits}")
+    if result.sample is not None:
+        print(f"\na sample of what it writes:\n{'-' * 60}\n{result.sample}\n{'-' * 60}")
+    return 0
+
+
+def _generate(args) -> int:
+    if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
+        return _usage("generate takes either --prompt TEXT, or --input FILE.jsonl with --output FILE.jsonl")
+    prompts = [args.prompt] if args.input is None else [line["prompt"] for line in _read_prompts(args.input)]
+    model, tokenizer = _load(args)
+
+    def stream(row: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    completions = neox_jax.generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=args.stop,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+        stream=stream if args.input is None else None,
+    )
+    if args.input is None:
+        print()
+        return 0
+    lines = [
+        json.dumps({**line, "completion": completion.text, "finish_reason": completion.finish_reason}) + "\n"
+        for line, completion in zip(_read_prompts(args.input), completions, strict=True)
+    ]
+    _write_whole(Path(args.output), "".join(lines))
+    print(f"{len(lines)} completions in {args.output}")
+    return 0
+
+
+def _read_prompts(path: str) -> list[dict]:
+    lines = []
+    for number, text in enumerate(_read_text(path).splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["prompt"], str):
+                raise TypeError("prompt is no text")
+            lines.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f'{path}, line {number}: wanted {{"prompt": TEXT}}, got {text[:60]!r}') from error
+    return lines
+
+
+def _load(args):
+    model = neox_jax.load_model(args.model, dtype=args.dtype, revision=getattr(args, "revision", None))
+    tokenizer = neox_jax.load_tokenizer(args.tokenizer or args.model, revision=getattr(args, "revision", None))
+    return model, tokenizer
+
+
+def _eval(args) -> int:
+    text = "".join(_read_text(path) for path in args.text)
+    model, tokenizer = _load(args)
+    from neox_jax.evaluate import score_text
+
+    score = score_text(model, tokenizer, text, seq_length=args.seq_length, batch_size=args.batch_size)
+    if args.json:
+        fields = {"num_tokens": score.num_tokens, "num_bytes": score.num_bytes}
+        print(json.dumps({"nats_per_token": score.nats_per_token, "bits_per_byte": score.bits_per_byte, **fields}))
+    else:
+        print(
+            f"{score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte "
+            f"({score.num_tokens:,} tokens, {score.num_bytes:,} bytes)"
+        )
+    return 0
+
+
+def _convert(args) -> int:
+    model = neox_jax.load_model(args.source, dtype=args.dtype, revision=args.revision)
+    try:
+        tokenizer = neox_jax.load_tokenizer(args.source, revision=args.revision)
+    except InputError as error:
+        tokenizer = None
+        print(f"without a tokenizer: {error}", file=sys.stderr)
+    neox_jax.save_model(model, args.destination, format=args.format, tokenizer=tokenizer)
+    print(f"{model.config.num_parameters:,} parameters in {args.destination}")
+    return 0
+
+
+def _tokenize(args) -> int:
+    from neox_jax.data.tokenize import tokenize_files
+    from neox_jax.metrics import Progress
+    from neox_jax.tokenizer import Tokenizer
+
+    start, progress = time.perf_counter(), None
+
+    def report(bytes_done: int, bytes_total: int) -> None:
+        nonlocal progress
+        if sys.stderr.isatty():
+            progress = progress or Progress("tokenizing", total=bytes_total)
+            progress.update(bytes_done, f"{bytes_done / 1e6 / (time.perf_counter() - start):.1f} MB/s")
+
+    try:
+        summary = tokenize_files(
+            args.inputs,
+            tokenizer=Tokenizer.from_file(args.tokenizer),
+            output=args.output,
+            append_eod=args.append_eod,
+            json_key=args.json_key,
+            workers=args.workers,
+            progress=report,
+        )
+    finally:
+        if progress is not None:
+            progress.close()
+    print(
+        f"{summary.documents:,} documents, {summary.tokens:,} tokens ({summary.bytes / max(1, summary.tokens):.2f} "
+        f"bytes a token) in {args.output}.bin, {summary.bytes / 1e6 / summary.seconds:.1f} MB/s"
+    )
+    return 0
+
+
+def _train_tokenizer(args) -> int:
+    from neox_jax.data.tokenize import read_texts
+    from neox_jax.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(read_texts(args.inputs, json_key=args.json_key), vocab_size=args.vocab_size)
+    _write_whole(Path(args.output), tokenizer.to_json())
+    print(f"{tokenizer.vocab_size:,} ids in {args.output}")
+    return 0
+
+
+def _corpus(args) -> int:
+    from neox_jax.data.corpus import collect_standard_library
+
+    summary = collect_standard_library(args.folder)
+    print(
+        f"{summary.train_documents:,} documents ({summary.train_bytes / 1e6:.1f} MB) to train on, "
+        f"{summary.heldout_documents:,} ({summary.heldout_bytes / 1e6:.2f} MB) held out, in {args.folder}"
+    )
+    return 0
+
+
+def _bench(args) -> int:
+    if (args.model is None) == (args.preset is None):
+        return _usage("bench takes either --model SOURCE or --preset NAME")
+    from neox_jax import bench
+
+    options = {"batch_size": args.batch_size, "seq_length": args.seq_length, "dtype": args.dtype, "steps": args.steps}
+    measure = {"train": bench.bench_train, "decode": bench.bench_decode, "prefill": bench.bench_prefill}[args.what]
+    result = measure(bench.open_model(source=args.model, preset=args.preset, dtype=args.dtype), **options)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else f"{name:>28}  {value}")
+    return 0
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise InputError(f"cannot read {path}: {reason}") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _usage(text: str) -> int:
+    print(f"neox-jax: {text}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
