@@ -5,12 +5,12 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Completion": "neox_jax.generate",
+    "Completion": "neox_jax.generation",
     "InputError": "neox_jax.errors",
     "ModelConfig": "neox_jax.config",
     "NeoX": "neox_jax.model",
     "Tokenizer": "neox_jax.tokenizer",
-    "generate": "neox_jax.generate",
+    "generate": "neox_jax.generation",
     "init_model": "neox_jax.model",
     "load_model": "neox_jax.convert.source",
     "load_tokenizer": "neox_jax.convert.source",

@@ -1,6 +1,6 @@
 """Attention under one contract.
 
-SHAPES  B batch  T query length  S key length  N heads  H head dim
+SHAPES  B batch  T query length  S key length  U new keys beside a cache (as T)  N heads  H head dim
 """
 
 import jax

@@ -21,7 +21,7 @@ from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.index import open_samples
 from neox_jax.data.loader import Loader
 from neox_jax.errors import InputError
-from neox_jax.generate import generate
+from neox_jax.generation import generate
 from neox_jax.hardware import peak_flops
 from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model

@@ -1,0 +1,131 @@
+"""Training and decoding at one shape, beside transformers on the same device, interleaved in one run.
+
+    python benchmarks/compare_transformers.py --preset pythia-70m --rounds 5 --output benchmarks/results
+
+Both sides have random weights, float32, all cores. Each round runs every contestant once, so that a slow minute of the
+machine hits both; the ratio is that of the medians, and the spread of the rounds' own ratios stands beside it.
+Training: forward, backward, global-norm clip and AdamW on a batch of 4 x 512 (transformers: eager PyTorch, foreach
+AdamW). Decoding: 64 greedy tokens behind a prompt of 16, the prompt's own pass included on both sides.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+import neox_jax
+from neox_jax.bench import bench_step
+from neox_jax.config import ModelConfig
+
+TRAIN_SHAPE = (4, 512)
+PROMPT_LENGTH, NEW_TOKENS = 16, 64
+
+
+def reference_model(config: ModelConfig):
+    torch.manual_seed(0)
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**config.to_hf()))
+
+
+def training(config: ModelConfig) -> dict:
+    """Contestants of one training step: name -> function that runs it."""
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (TRAIN_SHAPE[0], TRAIN_SHAPE[1] + 1))
+    model = reference_model(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    inputs = torch.tensor(tokens[:, :-1])
+    targets = torch.tensor(tokens[:, 1:])
+
+    def theirs():
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(input_ids=inputs, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    ours = bench_step(neox_jax.init_model(config), jnp.asarray(tokens), dtype="float32")
+    return {"transformers": theirs, "neox_jax": ours}
+
+
+def decoding(config: ModelConfig, batch_size: int) -> dict:
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, PROMPT_LENGTH))
+    reference, model = reference_model(config).eval(), neox_jax.init_model(config)
+    inputs = torch.tensor(prompts)
+    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+
+    def theirs():
+        with torch.inference_mode():
+            out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+        assert out.shape[1] == PROMPT_LENGTH + NEW_TOKENS
+
+    def ours():
+        out = neox_jax.generate(
+            model, None, prompts.tolist(), max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True
+        )
+        assert all(len(c.tokens) == NEW_TOKENS for c in out)
+
+    return {"transformers": theirs, "neox_jax": ours}
+
+
+def race(contestants: dict, rounds: int, tokens: int) -> dict:
+    """Seconds of each contestant in each round, after one that does not count."""
+    for run in contestants.values():
+        run()
+    seconds = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = sorted(a / b for a, b in zip(seconds["transformers"], seconds["neox_jax"], strict=True))
+    return {
+        "tokens_per_second": {name: round(tokens / median, 1) for name, median in medians.items()},
+        "ratio": round(medians["transformers"] / medians["neox_jax"], 3),
+        "ratio_of_rounds": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="pythia-70m")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="a folder for a dated JSON file")
+    args = parser.parse_args()
+    config = ModelConfig.preset(args.preset)
+    torch.set_num_threads(os.cpu_count())
+    results = {"train 4 x 512": race(training(config), args.rounds, TRAIN_SHAPE[0] * TRAIN_SHAPE[1])}
+    for batch_size in (1, 8):
+        name = f"decode, batch {batch_size}"
+        results[name] = race(decoding(config, batch_size), args.rounds, batch_size * NEW_TOKENS)
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "preset": args.preset,
+        "dtype": "float32",
+        "hardware": f"{_processor()}, {os.cpu_count()} cores",
+        "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers)}
+        | {"python": platform.python_version()},
+        "results": results,
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / f"{report['date']}-compare-transformers-{args.preset}.json").write_text(text + "\n")
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
