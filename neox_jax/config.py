@@ -202,7 +202,7 @@ PRESETS = {
     "pythia-12b": _pythia(36, 5120, 40, 50688, init_method="normal"),
     "gpt-neox-20b": _pythia(44, 6144, 64, 50432, hidden_act="gelu_fast"),
     "tiny": _pythia(4, 64, 8, 512, hidden_act="gelu_fast", max_position_embeddings=64),
-    "quickstart": _pythia(6, 192, 6, 4096, hidden_act="gelu_fast", max_position_embeddings=256),
+    "quickstart": _pythia(4, 192, 3, 4096, hidden_act="gelu_fast", max_position_embeddings=256),
 }
 
 
