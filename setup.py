@@ -1,5 +1,7 @@
 """Packaging of neox_jax. Pinned to what the tests ran on; ranges name every version the code is checked against."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 BASE = [
@@ -35,7 +37,7 @@ setup(
     name="neox_jax",
     version="0.1.0",
     description="GPT-NeoX in JAX: train, convert, evaluate and generate with GPT-NeoX-20B and every Pythia.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -249,8 +249,9 @@ def _tokenize(args) -> int:
     def report(bytes_done: int, bytes_total: int) -> None:
         nonlocal progress
         if sys.stderr.isatty():
-            progress = progress or Progress("tokenizing", total=bytes_total)
-            progress.update(bytes_done, f"{bytes_done / 1e6 / (time.perf_counter() - start):.1f} MB/s")
+            progress = progress or Progress("tokenizing", total=-(-bytes_total // 10**6))
+            rate = bytes_done / 1e6 / (time.perf_counter() - start)
+            progress.update(-(-bytes_done // 10**6), f"MB  {rate:.1f} MB/s")
 
     try:
         summary = tokenize_files(

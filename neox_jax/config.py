@@ -338,7 +338,7 @@ class Config:
             )
 
 
-_SECTIONS = {
+SECTIONS = {
     "mesh": MeshConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
@@ -361,7 +361,7 @@ def default_config():
     for field in dataclasses.fields(ModelConfig):
         config.model[field.name] = ml_collections.config_dict.placeholder(field.type)
     config.init_from = ""
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(section()))
     for key in ("train", "valid"):  # a string or a list
         config.data[key] = ml_collections.config_dict.placeholder(object)
@@ -375,7 +375,7 @@ def freeze_config(config) -> Config:
     model = {k: v for k, v in values["model"].items() if v is not None}
     preset = model.pop("preset", "")
     base = dataclasses.asdict(ModelConfig.preset(preset)) if preset else {}
-    sections = {name: section(**values[name]) for name, section in _SECTIONS.items() if name in values}
+    sections = {name: section(**values[name]) for name, section in SECTIONS.items() if name in values}
     return Config(model=ModelConfig(**{**base, **model}), init_from=values.get("init_from", ""), **sections)
 
 

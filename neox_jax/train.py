@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from neox_jax.checkpoint.manager import RunCheckpoints
-from neox_jax.config import Config, ModelConfig
+from neox_jax.config import Config
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.index import open_samples
 from neox_jax.data.loader import Loader

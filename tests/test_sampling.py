@@ -39,7 +39,7 @@ def tokens_of(seed: int = 1) -> np.ndarray:
 
 def by_transformers(logits: np.ndarray, tokens: np.ndarray, params: dict) -> np.ndarray:
     """Through the list of processors that transformers itself puts together for generate()."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import GenerationConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
     tiny = GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)

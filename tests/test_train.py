@@ -18,17 +18,7 @@ import pytest
 
 import neox_jax
 from neox_jax.checkpoint.manager import RunCheckpoints, list_steps, read_meta
-from neox_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from neox_jax.config import SECTIONS, Config, MeshConfig, ModelConfig
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.errors import InputError
 from neox_jax.evaluate import score_text
@@ -65,15 +55,11 @@ def make_config(folder: Path, *, mesh=None, model=TINY, **sections) -> Config:
         "eval": {"sample_tokens": 0},
         "log": {"every": 1, "batch_digest": True},
     }
-    kinds = {
-        "train": TrainConfig,
-        "optimizer": OptimizerConfig,
-        "data": DataConfig,
-        "checkpoint": CheckpointConfig,
-        "eval": EvalConfig,
-        "log": LogConfig,
+    made = {
+        name: kind(**{**defaults[name], **sections.get(name, {})})
+        for name, kind in SECTIONS.items()
+        if name in defaults
     }
-    made = {name: kind(**{**defaults[name], **sections.get(name, {})}) for name, kind in kinds.items()}
     return Config(model=model, mesh=MeshConfig(**(mesh or {})), **made)
 
 
