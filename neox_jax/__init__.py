@@ -17,7 +17,7 @@ _HOMES = {
     "make_mesh": "neox_jax.sharding",
     "save_model": "neox_jax.convert.source",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
