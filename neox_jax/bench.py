@@ -49,7 +49,6 @@ def bench_step(model: NeoX, tokens: jax.Array, *, dtype: str):
     state = init_state(config.model, optimizer, mesh, seed=0, params=params)
     step = make_train_step(
         config,
-        config.model,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, train.steps),
         mesh=mesh,

@@ -331,7 +331,11 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        if not self.init_from and self.train.seq_length > self.model.max_position_embeddings:
+        if not self.init_from:  # else the model is known only when the source has been read
+            self.check_seq_length()
+
+    def check_seq_length(self) -> None:
+        if self.train.seq_length > self.model.max_position_embeddings:
             raise InputError(
                 f"train.seq_length {self.train.seq_length} is longer than the model's context, "
                 f"max_position_embeddings {self.model.max_position_embeddings}; lower the one or raise the other"

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from neox_jax.checkpoint.manager import RunCheckpoints
-from neox_jax.config import Config
+from neox_jax.checkpoint.manager import STEPS_FOLDER, RunCheckpoints, list_steps
+from neox_jax.config import Config, ModelConfig
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.index import open_samples
 from neox_jax.data.loader import Loader
@@ -50,15 +50,23 @@ class Run:
     """Everything that a run needs, checked and opened before anything is written."""
 
     def __init__(self, config: Config, folder: Path, devices=None):
-        self.config, self.folder = config, Path(folder)
+        self.folder = Path(folder)
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-        initial = load_model(config.init_from, mesh=self.mesh, dtype="float32") if config.init_from else None
-        self.initial_params = None if initial is None else pure_params(initial)
-        self.model_config = config.model if initial is None else initial.config
+        self.initial_params = None
+        if config.init_from and not list_steps(self.folder / STEPS_FOLDER):
+            initial = load_model(config.init_from, mesh=self.mesh, dtype="float32")
+            self.initial_params = pure_params(initial)
+            config = dataclasses.replace(config, model=initial.config)
+        elif config.init_from:  # under way already: the source is not needed again
+            config = dataclasses.replace(
+                config, model=ModelConfig(**json.loads((self.folder / MODEL_FILE).read_text()))
+            )
+        config.check_seq_length()
+        self.config = config
         self._check_same_model()
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.abstract_state = abstract_state(self.model_config, self.optimizer, self.mesh)
+        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh)
         self.tokenizer = self._open_tokenizer()
         self.train_loader, self.valid_loader = self._open_data("train"), self._open_data("valid")
 
@@ -66,7 +74,7 @@ class Run:
         path = self.folder / MODEL_FILE
         if not path.is_file():
             return
-        there, wanted = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(self.model_config)
+        there, wanted = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(self.config.model)
         differing = [f"{k} {there.get(k)!r}, not {wanted[k]!r}" for k in wanted if there.get(k) != wanted[k]]
         if differing:
             raise InputError(
@@ -77,10 +85,10 @@ class Run:
         if not self.config.data.tokenizer:
             return None
         tokenizer = Tokenizer.from_file(self.config.data.tokenizer)
-        if tokenizer.vocab_size > self.model_config.vocab_size:
+        if tokenizer.vocab_size > self.config.model.vocab_size:
             raise InputError(
                 f"data.tokenizer {self.config.data.tokenizer} has {tokenizer.vocab_size} ids, model.vocab_size is "
-                f"{self.model_config.vocab_size}; it must be at least as many"
+                f"{self.config.model.vocab_size}; it must be at least as many"
             )
         return tokenizer
 
@@ -94,10 +102,16 @@ class Run:
             which,
             seq_length=train.seq_length,
             num_samples=train.steps * train.batch_size,
-            vocab_size=self.model_config.vocab_size,
+            vocab_size=self.config.model.vocab_size,
         )
         if samples is None:
             return None
+        needed = train.batch_size * (train.steps if which == "train" else 1)
+        if samples.num_samples is not None and samples.num_samples < needed:
+            raise InputError(
+                f"data.{which} has {samples.num_samples} samples of {train.seq_length} tokens; wanted at least "
+                f"{needed} ({'train.steps x ' if which == 'train' else ''}train.batch_size): give more text, or lower those"
+            )
         return Loader(samples, batch_size=train.batch_size, seq_length=train.seq_length, sharding=sharding)
 
     def compile_step(self):
@@ -105,7 +119,6 @@ class Run:
         train = self.config.train
         step = make_train_step(
             self.config,
-            self.model_config,
             optimizer=self.optimizer,
             schedule=self.schedule,
             mesh=self.mesh,
@@ -117,13 +130,13 @@ class Run:
 
     @functools.cached_property
     def eval_step(self):
-        return make_eval_step(self.config, self.model_config, mesh=self.mesh)
+        return make_eval_step(self.config, mesh=self.mesh)
 
     def write_files(self) -> None:
         """Puts the configuration, the model's and the tokenizer into the run folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-        _write_json(self.folder / MODEL_FILE, dataclasses.asdict(self.model_config))
+        _write_json(self.folder / MODEL_FILE, dataclasses.asdict(self.config.model))
         if self.tokenizer is not None:
             self.tokenizer.save(self.folder / TOKENIZER_FILE)
 
@@ -134,24 +147,24 @@ def train(config: Config, folder: str | Path, *, devices=None) -> TrainResult:
     SIGTERM and Ctrl-C end the step, save and return `interrupted`. Raises: InputError before anything is written.
     """
     run = Run(config, Path(folder), devices)
+    config = run.config
     run.write_files()
     checkpoints = RunCheckpoints(run.folder, config.checkpoint)
     start = checkpoints.latest_step()
     if start is None:
         start = 0
-        state = init_state(run.model_config, run.optimizer, run.mesh, seed=config.train.seed, params=run.initial_params)
-        checkpoints.save(0, state, run.model_config)
+        state = init_state(run.config.model, run.optimizer, run.mesh, seed=config.train.seed, params=run.initial_params)
+        checkpoints.save(0, state, run.config.model)
     else:
         state = checkpoints.restore(start, run.abstract_state)
         _say(f"going on from step {start} of {config.train.steps} in {run.folder}")
     writer = MetricsWriter(run.folder, start_step=start) if jax.process_index() == 0 else None
     try:
         state, step, interrupted = _loop(run, state, start, checkpoints, writer)
+        checkpoints.save(step, state, config.model, force=True)
         if interrupted:
-            checkpoints.save(step, state, run.model_config, force=True)
             return TrainResult(step=step, interrupted=True)
-        checkpoints.save(step, state, run.model_config, force=True)
-        loss, bits_per_byte = evaluate(run, state.params)
+        loss, bits_per_byte = heldout_loss(run, state.params)
     finally:
         checkpoints.close()
         if writer is not None:
@@ -179,12 +192,12 @@ def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, 
                 if config.log.batch_digest:
                     line["batch_sha256"] = run.train_loader.digest(index)
                 if config.eval.every and step % config.eval.every == 0:
-                    line["valid_loss"], line["valid_bits_per_byte"] = evaluate(run, state.params)
+                    line["valid_loss"], line["valid_bits_per_byte"] = heldout_loss(run, state.params)
                 if writer is not None:
                     writer.write({k: v for k, v in line.items() if v is not None})
                 progress.update(step, _text(line), seconds_left=line["step_seconds"] * (config.train.steps - step))
                 meter.restart()
-            checkpoints.save(step, state, run.model_config)
+            checkpoints.save(step, state, run.config.model)
             if stop.requested:
                 break
     finally:
@@ -201,7 +214,7 @@ class _Meter:
         train = run.config.train
         peak, _ = peak_flops(run.mesh.devices.flat[0], train.dtype)
         self._tokens_per_step = train.batch_size * train.seq_length
-        self._flops_per_token = run.model_config.training_flops_per_token(train.seq_length)
+        self._flops_per_token = run.config.model.training_flops_per_token(train.seq_length)
         self._peak_flops = peak * _distinct_devices(run.mesh)
         self._skipped = 0
         self.restart()
@@ -255,17 +268,12 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def evaluate(run: Run, params: dict) -> tuple[float | None, float | None]:
+def heldout_loss(run: Run, params: dict) -> tuple[float | None, float | None]:
     """Held-out loss in nats a token and bits per byte over eval.batches batches (all there are, if fewer)."""
     if run.valid_loader is None:
         return None, None
-    available = run.valid_loader.num_batches
-    if available == 0:
-        raise InputError(
-            f"data.valid has fewer samples than one batch of {run.config.train.batch_size}; give more held-out text"
-        )
     losses, num_bytes, num_tokens = [], 0, 0
-    for index, tokens, _ in run.valid_loader.batches(0, min(run.config.eval.batches, available)):
+    for index, tokens, _ in run.valid_loader.batches(0, min(run.config.eval.batches, run.valid_loader.num_batches)):
         losses.append(run.eval_step(params, tokens))
         num_tokens += tokens[:, 1:].size
         if run.tokenizer is not None:
@@ -279,7 +287,7 @@ def _sample(run: Run, params: dict) -> str | None:
     if run.tokenizer is None or not tokens:
         return None
     dtype = jax.numpy.dtype(run.config.train.dtype)
-    graphdef, _ = nnx.split(abstract_model(run.model_config, mesh=run.mesh))
+    graphdef, _ = nnx.split(abstract_model(run.config.model, mesh=run.mesh))
     model = nnx.merge(graphdef, cast_kernels(params, dtype))
     prompt = run.config.eval.prompt or [run.tokenizer.eos_token_id]
     completion = generate(model, run.tokenizer, [prompt], max_new_tokens=tokens, temperature=0.8, top_p=0.95, seed=0)

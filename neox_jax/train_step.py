@@ -92,11 +92,11 @@ def train_step(
     return TrainState(step=state.step + 1, params=params, optimizer_state=optimizer_state), metrics
 
 
-def make_train_step(config: Config, model_config: ModelConfig, *, optimizer, schedule, mesh, state_shardings):
+def make_train_step(config: Config, *, optimizer, schedule, mesh, state_shardings):
     """Jits `train_step` for a run: the state donated and kept where it lives."""
     step = functools.partial(
         train_step,
-        graphdef=model_graph(model_config, mesh),
+        graphdef=model_graph(config.model, mesh),
         optimizer=optimizer,
         schedule=schedule,
         dtype=jnp.dtype(config.train.dtype),
@@ -107,9 +107,9 @@ def make_train_step(config: Config, model_config: ModelConfig, *, optimizer, sch
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def make_eval_step(config: Config, model_config: ModelConfig, *, mesh):
+def make_eval_step(config: Config, *, mesh):
     """Jits the loss alone: (params, tokens [B,T+1]) -> mean nats a token, float32 []."""
-    graphdef, dtype = model_graph(model_config, mesh), jnp.dtype(config.train.dtype)
+    graphdef, dtype = model_graph(config.model, mesh), jnp.dtype(config.train.dtype)
 
     def eval_step(params, tokens):
         model = nnx.merge(graphdef, cast_kernels(params, dtype))

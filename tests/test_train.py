@@ -43,6 +43,8 @@ def data(tmp_path_factory) -> Path:
         with IndexedDatasetWriter(folder / name, np.uint16) as writer:
             for text in texts:
                 writer.add_document([*tokenizer.encode(text), tokenizer.eos_token_id])
+    with IndexedDatasetWriter(folder / "short", np.uint16) as writer:
+        writer.add_document([1] * 250)
     return folder
 
 
@@ -179,6 +181,8 @@ def test_init_from_starts_where_the_source_is(data, straight, tmp_path):
     train(config, tmp_path / "run")
     assert params_digest(tmp_path / "run", 0) == params_digest(straight, 4)
     assert read_meta(tmp_path / "run" / "checkpoints" / "4")[0] == TINY
+    gone = dataclasses.replace(config, init_from="nowhere/at-all", train=dataclasses.replace(config.train, steps=5))
+    assert train(gone, tmp_path / "run").step == 5  # the source is needed once
 
 
 def test_policies(data, tmp_path):
@@ -208,9 +212,14 @@ def test_a_run_folder_of_another_model(data, straight):
         ({"data": {"tokenizer": "nowhere.json"}}, "no tokenizer file at nowhere.json"),
         ({"model": dataclasses.replace(TINY, vocab_size=256)}, "512 ids, model.vocab_size is 256"),
         ({"optimizer": {"warmup_steps": 4}}, "warmup_steps 4"),
+        ({"data": {"train": "{data}/valid", "order": "sequential"}, "train": {"steps": 400}}, "wanted at least 3200"),
+        ({"data": {"train": "{data}/train", "valid": "{data}/short"}}, "data.valid has 7 samples of 32 tokens"),
     ],
 )
 def test_nothing_is_written_for_bad_input(data, tmp_path, change, message):
+    change = {**change}
+    if "data" in change:
+        change["data"] = {k: v.replace("{data}", str(data)) for k, v in change["data"].items()}
     with pytest.raises(InputError, match=message):
         train(make_config(data, **{"mesh": {"data": 8}, **change}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -219,7 +228,7 @@ def test_nothing_is_written_for_bad_input(data, tmp_path, change, message):
 def test_a_token_beyond_the_vocabulary(data, tmp_path):
     with IndexedDatasetWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_document([1, 2, 3] * 200)
-        writer.add_document([5, 6, 999] + [7] * 400)
+        writer.add_document([5, 6, 999] + [7] * 600)
     config = make_config(data, data={"train": str(tmp_path / "bad"), "order": "sequential"})
     with pytest.raises(InputError, match="token 999 at position 2 of document 1 is not in the vocabulary of 512"):
         train(config, tmp_path / "run")

@@ -235,7 +235,6 @@ def make_run(eps=1e-8, **train):
     state = init_state(TINY, optimizer, mesh, seed=1)
     step = make_train_step(
         config,
-        TINY,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, config.train.steps),
         mesh=mesh,
