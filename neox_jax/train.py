@@ -108,9 +108,10 @@ class Run:
             return None
         needed = train.batch_size * (train.steps if which == "train" else 1)
         if samples.num_samples is not None and samples.num_samples < needed:
+            product = "train.steps x train.batch_size" if which == "train" else "train.batch_size"
             raise InputError(
                 f"data.{which} has {samples.num_samples} samples of {train.seq_length} tokens; wanted at least "
-                f"{needed} ({'train.steps x ' if which == 'train' else ''}train.batch_size): give more text, or lower those"
+                f"{needed} ({product}): give more text, or lower those"
             )
         return Loader(samples, batch_size=train.batch_size, seq_length=train.seq_length, sharding=sharding)
 
