@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from neox_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from neox_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from neox_jax.errors import InputError
 from neox_jax.loss import cross_entropy_sum
 from neox_jax.model import abstract_model, init_model, logical_axes
@@ -19,7 +20,7 @@ from neox_jax.optimizer import make_optimizer, make_schedule, num_updates
 from neox_jax.sharding import constrain, make_mesh, named_sharding, partition_spec
 from neox_jax.train_state import abstract_state, init_state, pure_params
 from neox_jax.train_step import accumulate_gradients, make_train_step, next_token_loss
-from neox_jax.tree import named_leaves
+from neox_jax.tree import named_leaves, num_bytes
 
 TINY = ModelConfig.preset("tiny")
 MESHES = {
@@ -322,3 +323,23 @@ def test_moments_live_with_their_parameters():
     for (name, moment), param in zip(named_leaves(adam).items(), jax.tree.leaves(state.params), strict=True):
         assert moment.sharding == param.sharding, name
     assert logical_axes(abstract_model(TINY)).keys() == named_leaves(state.params).keys()
+
+
+def test_the_20b_is_the_same_code():
+    """GPT-NeoX-20B's published step, traced and lowered for a mesh without an array of it being made."""
+    config = load_config(str(Path(__file__).resolve().parents[1] / "configs" / "gpt_neox_20b.py"))
+    mesh = make_mesh(fsdp=4, model=2)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    abstract = abstract_state(config.model, optimizer, mesh)
+    step = make_train_step(
+        config,
+        optimizer=optimizer,
+        schedule=make_schedule(config.optimizer, config.train.steps),
+        mesh=mesh,
+        state_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+    )
+    lowered = step.lower(abstract, jax.ShapeDtypeStruct((1536, 2049), jnp.int32))
+    assert num_bytes(abstract.params) == 4 * 20_554_567_680
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(abstract.params))
+    assert held < 20_554_567_680 / 8 * 1.001
+    assert "tensor<44x6144x" in lowered.as_text()
