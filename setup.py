@@ -16,6 +16,7 @@ BASE = [
     "grain>=0.2.18,<0.3",
     "numpy>=2.2,<3",
     "rich>=15,<16",
+    "PyYAML>=6,<7",
 ]
 HUB = ["huggingface_hub>=2.4,<3"]
 DATA = ["zstandard>=0.25,<1"]

@@ -12,7 +12,7 @@ import neox_jax
 from neox_jax.errors import InputError
 
 EXIT_BAD_INPUT, EXIT_START_AGAIN = 65, 75
-SOURCE_HELP = "a Hugging Face folder or hub id, or a run folder (its newest checkpoint, or FOLDER@STEP)"
+SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     add = verb("convert", _convert, "Convert a model into another format.").add_argument
     add("source", metavar="SRC", help=SOURCE_HELP)
     add("destination", metavar="DST", help="a new folder")
-    add("--to", required=True, choices=("hf", "orbax"), dest="format")
+    add("--to", required=True, choices=("hf", "orbax", "neox"), dest="format")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="with --to neox: into how many parts")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
 
@@ -234,7 +235,9 @@ def _convert(args) -> int:
     except InputError as error:
         tokenizer = None
         print(f"without a tokenizer: {error}", file=sys.stderr)
-    neox_jax.save_model(model, args.destination, format=args.format, tokenizer=tokenizer)
+    neox_jax.save_model(
+        model, args.destination, format=args.format, tokenizer=tokenizer, tensor_parallel=args.tensor_parallel
+    )
     print(f"{model.config.num_parameters:,} parameters in {args.destination}")
     return 0
 

@@ -19,6 +19,7 @@ import pytest
 import neox_jax
 from neox_jax.checkpoint.manager import RunCheckpoints, list_steps, read_meta
 from neox_jax.config import SECTIONS, Config, MeshConfig, ModelConfig
+from neox_jax.convert.source import FORMATS
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.errors import InputError
 from neox_jax.evaluate import score_text
@@ -252,10 +253,10 @@ def test_a_checkpoint_of_another_shape(data, straight):
 
 def test_every_kind_of_source_is_recognised(straight, tmp_path):
     model, tokenizer = neox_jax.load_model(straight), neox_jax.load_tokenizer(straight)
-    for format in ("hf", "orbax"):
+    for format in FORMATS:
         neox_jax.save_model(model, tmp_path / format, format=format, tokenizer=tokenizer)
     wanted = named_leaves(model)
-    sources = [f"{straight}@4", straight / "checkpoints" / "4", tmp_path / "hf", tmp_path / "orbax"]
+    sources = [f"{straight}@4", straight / "checkpoints" / "4", *(tmp_path / format for format in FORMATS)]
     for source in sources:
         found = named_leaves(neox_jax.load_model(source))
         assert found.keys() == wanted.keys()
@@ -266,7 +267,7 @@ def test_every_kind_of_source_is_recognised(straight, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes_are_kept_on_disk(straight, tmp_path, dtype):
     model = neox_jax.load_model(straight, dtype=dtype)
-    for format in ("hf", "orbax"):
+    for format in FORMATS:
         neox_jax.save_model(model, tmp_path / format, format=format)
         again = named_leaves(neox_jax.load_model(tmp_path / format))
         for name, leaf in named_leaves(model).items():
@@ -289,7 +290,7 @@ def test_load_onto_a_mesh(straight, sizes):
         ("{tmp}", "is no model: wanted a Hugging Face folder"),
         ("{run}@3", "no checkpoint of step 3; it has 0, 2, 4"),
         ("{tmp}/empty_run", "holds no complete checkpoint yet"),
-        ("{tmp}/neox", "NeoX's PyTorch files, which are not read"),
+        ("{tmp}/neox", "global_step10"),
     ],
 )
 def test_what_is_no_source(straight, tmp_path, source, message):
@@ -304,7 +305,7 @@ def test_save_model_never_overwrites(straight, tmp_path):
     model = neox_jax.load_model(straight)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
-    for format in ("hf", "orbax"):
+    for format in FORMATS:
         with pytest.raises(InputError, match="already has something in it"):
             neox_jax.save_model(model, tmp_path / "there", format=format)
     with pytest.raises(InputError, match="did you mean 'orbax'"):

@@ -52,13 +52,19 @@ def load_hf(folder: str | Path, *, mesh=None, dtype=None) -> NeoX:
         check_choice("dtype", dtype if isinstance(dtype, str) else jnp.dtype(dtype).name, DTYPES)
         dtype = jnp.dtype(dtype)
     config = read_config(folder)
+    tensors = _find_tensors(folder, config)
+    return assemble(tensors, config, mesh=mesh, dtype=_common_dtype(folder, tensors) if dtype is None else dtype)
+
+
+def assemble(tensors: dict, config: ModelConfig, *, mesh, dtype) -> NeoX:
+    """The model of these tensors, each device's part read by itself.
+
+    tensors: by full Hugging Face name, objects with a `shape` and `read(slices) -> array`, in the stored layout.
+    """
     if mesh is not None:
         parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES["vocab"])
         if config.vocab_size % parts:
             config = dataclasses.replace(config, vocab_multiple=parts)
-    tensors = _find_tensors(folder, config)
-    if dtype is None:
-        dtype = _common_dtype(folder, tensors)
 
     def read(name, leaf):
         row = names.BY_NAME[name]
@@ -90,7 +96,7 @@ def save_hf(
     require_new(folder)
     files = _text_files(model, tokenizer_json)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _written_whole(folder) as partial:
+    with written_whole(folder) as partial:
         _write_weights(model, partial, max_shard_bytes)
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
@@ -110,7 +116,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
+        raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from error
 
 
 def _unique(pairs: list) -> dict:
@@ -134,7 +140,7 @@ def read_config(folder: Path) -> ModelConfig:
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     except (TypeError, AttributeError) as error:  # a string where a number belongs, and the like
-        raise InputError(f"{path} has a value of the wrong type: {_one_line(error)}") from error
+        raise InputError(f"{path} has a value of the wrong type: {one_line(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +253,7 @@ def _read_header(path: Path) -> list[_Stored]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there; download it again") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({_one_line(error)}); download it again") from error
+        raise InputError(f"{path} is damaged or no safetensors file ({one_line(error)}); download it again") from error
     header.pop("__metadata__", None)
     return [_Stored(path, key, spec["dtype"], tuple(spec["shape"])) for key, spec in header.items()]
 
@@ -410,14 +416,14 @@ def _tokenizer_config(tokenizer_json: str, config: ModelConfig) -> dict:
 
 
 @contextlib.contextmanager
-def _written_whole(folder: Path):
+def written_whole(folder: Path):
     """Gives a new folder beside `folder`, which takes its name once all its files are on disk."""
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        for path in [*partial.iterdir(), partial]:
+        for path in [*partial.rglob("*"), partial]:
             _sync(path)
         partial.rename(folder)  # onto an empty folder too
         _sync(folder.parent)
@@ -438,5 +444,5 @@ def _to_json(values: dict) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""THE table: our parameter names, Hugging Face's, and the change of layout between them, for both directions.
+"""THE table: our parameter names, Hugging Face's, NeoX's, and the change of layout between them, for both directions.
 
 SHAPES  D model  N heads  C query, key, value  H head dim  F mlp  V vocab
 A stored dim merges some of our dims in order, so a conversion is one transpose and one reshape. The leading dim of
@@ -14,15 +14,27 @@ import numpy as np
 Dims = tuple[tuple[int, ...], ...]
 _VECTOR: Dims = ((0,),)
 _TABLE: Dims = ((0,), (1,))
+_FLIPPED: Dims = ((1,), (0,))
+# Ours [D, N, C, H], stored [N*C*H, D]: per head its query, key and value, not three thirds.
+_QKV: Dims = ((1, 2, 3), (0,))
+# How NeoX's tensor-parallel ranks hold it: cut along its outputs (dim 0) or its inputs (dim 1); as copies; or, the
+# bias of a layer cut along its inputs, as shares whose sum counts (copies too, where the residual is sequential).
+OUTPUTS, INPUTS, COPIES, SHARES = "outputs", "inputs", "copies", "shares"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter. dims: for each dim of the stored tensor, which of our dims (of one layer) it merges, in order."""
+    """One parameter.
+
+    dims: for each dim of the stored tensor, which of our dims (of one layer) it merges, in order. ranks: how NeoX's
+    ranks hold it. neox: its name in NeoX's layer file, where that is not what Hugging Face's ends with.
+    """
 
     name: str
     hf: str
     dims: Dims
+    ranks: str = COPIES
+    neox: str = ""
 
     @property
     def stacked(self) -> bool:
@@ -40,27 +52,32 @@ class Row:
     def hf_name(self, layer: int | None) -> str:
         return self.hf.format(layer=layer)
 
+    @property
+    def neox_name(self) -> str:
+        return self.neox or self.hf.removeprefix(_LAYER)
+
 
 _LAYER = "gpt_neox.layers.{layer}."
 
 ROWS = (
-    Row("embed_in.embedding", "gpt_neox.embed_in.weight", _TABLE),  # [V, D]
+    Row("embed_in.embedding", "gpt_neox.embed_in.weight", _TABLE, OUTPUTS, "word_embeddings.weight"),  # [V, D]
     Row("layers.input_layernorm.scale", _LAYER + "input_layernorm.weight", _VECTOR),
     Row("layers.input_layernorm.bias", _LAYER + "input_layernorm.bias", _VECTOR),
     Row("layers.post_attention_layernorm.scale", _LAYER + "post_attention_layernorm.weight", _VECTOR),
     Row("layers.post_attention_layernorm.bias", _LAYER + "post_attention_layernorm.bias", _VECTOR),
-    # Ours [D, N, C, H], stored [N*C*H, D]: per head its query, key and value, not three thirds.
-    Row("layers.attention.query_key_value.kernel", _LAYER + "attention.query_key_value.weight", ((1, 2, 3), (0,))),
-    Row("layers.attention.query_key_value.bias", _LAYER + "attention.query_key_value.bias", ((0, 1, 2),)),
-    Row("layers.attention.dense.kernel", _LAYER + "attention.dense.weight", ((2,), (0, 1))),  # [N, H, D], [D, N*H]
-    Row("layers.attention.dense.bias", _LAYER + "attention.dense.bias", _VECTOR),
-    Row("layers.mlp.dense_h_to_4h.kernel", _LAYER + "mlp.dense_h_to_4h.weight", ((1,), (0,))),  # [D, F], [F, D]
-    Row("layers.mlp.dense_h_to_4h.bias", _LAYER + "mlp.dense_h_to_4h.bias", _VECTOR),
-    Row("layers.mlp.dense_4h_to_h.kernel", _LAYER + "mlp.dense_4h_to_h.weight", ((1,), (0,))),  # [F, D], [D, F]
-    Row("layers.mlp.dense_4h_to_h.bias", _LAYER + "mlp.dense_4h_to_h.bias", _VECTOR),
-    Row("final_layer_norm.scale", "gpt_neox.final_layer_norm.weight", _VECTOR),
-    Row("final_layer_norm.bias", "gpt_neox.final_layer_norm.bias", _VECTOR),
-    Row("embed_out.embedding", "embed_out.weight", _TABLE),  # [V, D]
+    Row("layers.attention.query_key_value.kernel", _LAYER + "attention.query_key_value.weight", _QKV, OUTPUTS),
+    Row("layers.attention.query_key_value.bias", _LAYER + "attention.query_key_value.bias", ((0, 1, 2),), OUTPUTS),
+    # Ours [N, H, D], stored [D, N*H].
+    Row("layers.attention.dense.kernel", _LAYER + "attention.dense.weight", ((2,), (0, 1)), INPUTS),
+    Row("layers.attention.dense.bias", _LAYER + "attention.dense.bias", _VECTOR, SHARES),
+    # Ours [D, F], stored [F, D]; and the other way round.
+    Row("layers.mlp.dense_h_to_4h.kernel", _LAYER + "mlp.dense_h_to_4h.weight", _FLIPPED, OUTPUTS),
+    Row("layers.mlp.dense_h_to_4h.bias", _LAYER + "mlp.dense_h_to_4h.bias", _VECTOR, OUTPUTS),
+    Row("layers.mlp.dense_4h_to_h.kernel", _LAYER + "mlp.dense_4h_to_h.weight", _FLIPPED, INPUTS),
+    Row("layers.mlp.dense_4h_to_h.bias", _LAYER + "mlp.dense_4h_to_h.bias", _VECTOR, SHARES),
+    Row("final_layer_norm.scale", "gpt_neox.final_layer_norm.weight", _VECTOR, COPIES, "norm.weight"),
+    Row("final_layer_norm.bias", "gpt_neox.final_layer_norm.bias", _VECTOR, COPIES, "norm.bias"),
+    Row("embed_out.embedding", "embed_out.weight", _TABLE, OUTPUTS, "final_linear.weight"),  # [V, D]
 )
 BY_NAME = {row.name: row for row in ROWS}
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps, read_meta, read_tree, save_params
 from neox_jax.config import DTYPES, check_choice
-from neox_jax.convert import hf, hub
+from neox_jax.convert import hf, hub, neox
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.sharding import AXES
@@ -17,12 +17,12 @@ from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import pure_params
 
 TOKENIZER_FILE = "tokenizer.json"
-FORMATS = ("hf", "orbax")
+FORMATS = ("hf", "orbax", "neox")
 
 
 def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | None = None) -> NeoX:
-    """Loads a model from a SOURCE: a Hugging Face folder or hub id, a run folder (its latest step, or `folder@step`),
-    or a folder of one of its steps.
+    """Loads a model from a SOURCE: a Hugging Face folder or hub id, a NeoX checkpoint (pipeline or sequential layout,
+    any tensor parallelism), a run folder (its latest step, or `folder@step`), or a folder of one of its steps.
 
     mesh: ours, or any whose axis names are among ours. dtype: parameters are cast to it once; None keeps what is
     stored. revision: of a hub id.
@@ -34,34 +34,50 @@ def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | Non
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
         check_choice("dtype", name, DTYPES)
         dtype = jnp.dtype(name)
-    folder, step_folder = locate(source, revision=revision)
-    if step_folder is None:
-        return hf.load_hf(folder, mesh=mesh, dtype=dtype)
-    return _load_step(step_folder, mesh=mesh, dtype=dtype)
+    kind, folder = locate(source, revision=revision)
+    load = {"hf": hf.load_hf, "neox": neox.load_neox, "orbax": _load_step}[kind]
+    return load(folder, mesh=mesh, dtype=dtype)
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a SOURCE, or of a tokenizer.json file. Raises: InputError if there is none."""
     if Path(source).is_file():
         return Tokenizer.from_file(source)
-    folder, _ = locate(source, revision=revision)
+    kind, folder = locate(source, revision=revision)
+    if kind == "orbax":
+        folder = folder.parent.parent  # a run's tokenizer is beside its checkpoints
+    elif kind == "neox" and not (folder / TOKENIZER_FILE).is_file():
+        folder = neox.locate_step(folder).parent
     if not (folder / TOKENIZER_FILE).is_file():
         raise InputError(f"{folder} has no {TOKENIZER_FILE}; name a tokenizer file, or copy the model's beside it")
     return Tokenizer.from_file(folder / TOKENIZER_FILE, eos_token_id=_stated_eos(folder))
 
 
-def save_model(model: NeoX, path: str | Path, *, format: str = "hf", tokenizer: Tokenizer | None = None) -> None:
+def save_model(
+    model: NeoX,
+    path: str | Path,
+    *,
+    format: str = "hf",
+    tokenizer: Tokenizer | None = None,
+    tensor_parallel: int = 1,
+) -> None:
     """Writes a model in its own dtype, with its configuration and, where given, its tokenizer.
 
-    format: hf (a folder that transformers loads) or orbax (a run folder with the parameters as step 0). Takes any
-    pytree of the model's structure: gradients, for one. Nothing half-written is left behind.
+    format: hf (a folder that transformers loads), orbax (a run folder with the parameters as step 0) or neox (NeoX's
+    pipeline layout, cut for tensor_parallel ranks). Takes any pytree of the model's structure: gradients, for one.
+    Nothing half-written is left behind.
     Raises: InputError for another format, or a folder that is there already and not empty.
     """
     check_choice("format", format, FORMATS)
     path = Path(path)
     tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+    if tensor_parallel != 1 and format != "neox":
+        raise InputError(f"tensor_parallel {tensor_parallel} is of NeoX's layout only; {format} has one part")
     if format == "hf":
         hf.save_hf(model, path, tokenizer_json=tokenizer_json)
+        return
+    if format == "neox":
+        neox.save_neox(model, path, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json)
         return
     hf.require_new(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -70,40 +86,37 @@ def save_model(model: NeoX, path: str | Path, *, format: str = "hf", tokenizer: 
     save_params(pure_params(model), path, model.config)
 
 
-def locate(source: str | Path, *, revision: str | None = None) -> tuple[Path, Path | None]:
-    """Recognises a SOURCE: (its folder, the folder of the chosen step, or None for a Hugging Face folder)."""
+def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Path]:
+    """Recognises a SOURCE by its content: (kind, folder), for orbax the folder of the chosen step."""
     text, _, step = str(source).rpartition("@")
     if text and step.isdigit() and Path(text).is_dir():
-        return _run(Path(text), int(step))
+        return "orbax", _run(Path(text), int(step))
     path = Path(source)
     if path.is_dir():
         if (path / STEPS_FOLDER).is_dir():
-            return _run(path, None)
+            return "orbax", _run(path, None)
         if path.name.isdigit() and (path / "params").is_dir():
-            return path.parent.parent, path
+            return "orbax", path
+        if neox.is_neox_folder(path):
+            return "neox", path
         if hf.is_hf_folder(path):
-            return path, None
-        kind = "has NeoX's PyTorch files, which are not read" if _looks_like_neox(path) else "is no model"
+            return "hf", path
         raise InputError(
-            f"{path} {kind}: wanted a Hugging Face folder (config.json and *.safetensors) or a run folder "
-            f"({STEPS_FOLDER}/STEP)"
+            f"{path} is no model: wanted a Hugging Face folder (config.json and *.safetensors), a run folder "
+            f"({STEPS_FOLDER}/STEP) or a NeoX checkpoint (latest and global_stepN)"
         )
     if not path.exists() and hub.looks_like_repo_id(str(source)):
-        return hub.fetch_snapshot(str(source), revision=revision), None
+        return "hf", hub.fetch_snapshot(str(source), revision=revision)
     raise InputError(f"no model at {source}: no such folder, and not the id of a model on the hub (ORGANISATION/NAME)")
 
 
-def _looks_like_neox(folder: Path) -> bool:
-    return (folder / "latest").is_file() or any(folder.glob("**/layer_*-model_states.pt"))
-
-
-def _run(folder: Path, step: int | None) -> tuple[Path, Path]:
+def _run(folder: Path, step: int | None) -> Path:
     steps = list_steps(folder / STEPS_FOLDER)
     if not steps:
         raise InputError(f"{folder / STEPS_FOLDER} holds no complete checkpoint yet")
     if step is not None and step not in steps:
         raise InputError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return folder, folder / STEPS_FOLDER / str(steps[-1] if step is None else step)
+    return folder / STEPS_FOLDER / str(steps[-1] if step is None else step)
 
 
 def _load_step(step_folder: Path, *, mesh, dtype) -> NeoX:
