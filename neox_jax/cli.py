@@ -230,6 +230,7 @@ def _eval(args) -> int:
 
 def _convert(args) -> int:
     model = neox_jax.load_model(args.source, dtype=args.dtype, revision=args.revision)
+    _report_drift(args.source)
     try:
         tokenizer = neox_jax.load_tokenizer(args.source, revision=args.revision)
     except InputError as error:
@@ -240,6 +241,16 @@ def _convert(args) -> int:
     )
     print(f"{model.config.num_parameters:,} parameters in {args.destination}")
     return 0
+
+
+def _report_drift(source: str) -> None:
+    """Says by how much the ranks of a NeoX checkpoint disagree about what they hold copies of; the mean is taken."""
+    from neox_jax.convert.neox import is_neox_folder, read_neox
+
+    drift = read_neox(source).drift if is_neox_folder(source) else {}
+    if drift:
+        name = max(drift, key=drift.get)
+        print(f"{len(drift)} tensors differ between ranks and were averaged; most {name}, by {drift[name]:.3g}")
 
 
 def _tokenize(args) -> int:

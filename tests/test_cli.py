@@ -11,6 +11,7 @@ import pytest
 import neox_jax
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
+from neox_jax.convert.torch_files import open_torch_file, save_torch_file
 from neox_jax.model import init_model
 from neox_jax.tokenizer import train_tokenizer
 
@@ -119,6 +120,33 @@ def test_train_generate_eval_convert(work):
     assert scores[0]["num_bytes"] == len(TEXT.encode())
     assert scores[0] == pytest.approx(scores[1])
     assert 0 < scores[0]["bits_per_byte"] < 8
+
+
+def test_convert_through_neox(work, tmp_path):
+    neox("convert", work / "model", tmp_path / "neox", "--to", "neox", "--tensor-parallel", 2)
+    assert (tmp_path / "neox" / "latest").read_text().startswith("global_step")
+    out = neox("convert", tmp_path / "neox", tmp_path / "back", "--to", "hf")
+    assert "265,600 parameters" in out.stdout
+    files = [folder / "model.safetensors" for folder in (work / "model", tmp_path / "back")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == (work / "model" / "tokenizer.json").read_text()
+
+
+def test_convert_says_how_far_ranks_drifted(work, tmp_path, capsys):
+    assert main(["convert", str(work / "model"), str(tmp_path / "neox"), "--to", "neox", "--tensor-parallel", "2"]) == 0
+    assert "differ between ranks" not in capsys.readouterr().out
+    path = next((tmp_path / "neox").glob("global_step*/layer_03-model_01-model_states.pt"))
+    tree = {name: tensor.read() for name, tensor in open_torch_file(path).tree.items()}
+    tree["input_layernorm.weight"] = tree["input_layernorm.weight"] + np.float32(0.25)
+    save_torch_file(path, tree)
+    assert main(["convert", str(tmp_path / "neox"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "1 tensors differ between ranks and were averaged; most gpt_neox.layers.1.input_layernorm.weight, by 0.25"
+        in out
+    )
+    scale = neox_jax.load_model(tmp_path / "back").layers.input_layernorm.scale[...]
+    np.testing.assert_array_equal(scale[1], np.full(64, 1.125, np.float32))
 
 
 def test_generate_from_a_file(work):

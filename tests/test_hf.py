@@ -357,7 +357,7 @@ def test_all_problems_at_once(small):
         "gpt_neox.final_layer_norm.bias [32] is missing",
         r"'gpt_neox.layers.1.mlp.extra\n.weight' is no parameter of this config",
         f"{QKV} is [32, 96], wanted [96, 32]",
-        "gpt_neox.embed_in.weight is I32, wanted one of F32, BF16, F16",
+        "gpt_neox.embed_in.weight is I32, wanted one of float32, bfloat16, float16",
     ):
         assert part in message
 
@@ -416,11 +416,55 @@ def test_bad_config(small, text, message):
 def test_no_weights(small):
     (small / "model.safetensors").rename(small / "model-00001-of-00002.safetensors")
     assert "neither model.safetensors nor model.safetensors.index.json; download the index too" in refusal(small)
-    (small / "model-00001-of-00002.safetensors").rename(small / "pytorch_model.bin")
+    (small / "model-00001-of-00002.safetensors").unlink()
+    assert "neither model.safetensors nor pytorch_model.bin" in refusal(small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_torch_bin(reference, tmp_path, shards, dtype):
+    """Old exports: pytorch_model.bin with the buffers of old code in it, in one file or in shards."""
+    folder, model = reference("pythia")
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    state = {name.replace("lm_head", "embed_out"): tensor for name, tensor in state.items()}
+    state["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    state["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    state["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    shutil.copy(folder / "config.json", tmp_path)
+    if shards == 1:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        files = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+        weight_map = {name: files[i % shards] for i, name in enumerate(state)}
+        for file in files:
+            torch.save({name: state[name] for name in state if weight_map[name] == file}, tmp_path / file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    ours = load_hf(tmp_path)
+    wanted = named_leaves(load_hf(folder, dtype=str(dtype).removeprefix("torch.")))
+    for name, leaf in named_leaves(ours).items():
+        assert leaf.dtype == wanted[name].dtype
+        np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+    sharded = load_hf(tmp_path, mesh=make_mesh(fsdp=4, model=2))
+    for name, leaf in named_leaves(sharded).items():
+        np.testing.assert_array_equal(leaf[: wanted[name].shape[0]], wanted[name], err_msg=name)
+
+
+def test_hostile_torch_bin(small, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    (small / "model.safetensors").unlink()
+    torch.save({QKV: Bomb()}, small / "pytorch_model.bin")
     message = refusal(small)
-    assert "only pytorch_model.bin" in message
-    assert ".bin files are not read here" in message
-    assert "save_pretrained(NEW, safe_serialization=True)" in message
+    assert "pytorch_model.bin" in message
+    assert "system" in message
+    assert not (tmp_path / "ran").exists()
+    torch.save([torch.ones(2)], small / "pytorch_model.bin")
+    assert "holds a list; wanted a dict of tensors" in refusal(small)
+    torch.save({"epoch": 3}, small / "pytorch_model.bin")
+    assert "'epoch' is no tensor" in refusal(small)
 
 
 def header_edited(data: bytes, old: bytes, new: bytes) -> bytes:

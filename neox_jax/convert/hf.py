@@ -1,4 +1,6 @@
-"""Hugging Face folders: config.json, safetensors (one file or shards with an index), tokenizer.json; no PyTorch.
+"""Hugging Face folders: config.json, weights in one file or in shards with an index, tokenizer.json; no PyTorch.
+
+Weights are read from safetensors or, where there are none, from PyTorch's .bin files; written are safetensors.
 
 A load reads each device's part of each parameter from the files, layer by layer; a save fetches one layer of one
 parameter at a time and holds one shard of the output. Neither ever holds the model a second time.
@@ -22,6 +24,7 @@ from safetensors.numpy import save_file
 
 from neox_jax.config import DTYPES, ModelConfig, check_choice
 from neox_jax.convert import names
+from neox_jax.convert.torch_files import LazyTensor, open_torch_file
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.sharding import RULES
@@ -30,6 +33,7 @@ from neox_jax.tree import map_named, named_leaves
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+TORCH_WEIGHTS = "pytorch_model.bin"
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_PROBLEMS_SHOWN = 8
 
@@ -145,7 +149,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file, under its name there."""
+    """A tensor in a safetensors file, under its name there; dtype is the file's own word where it is none of ours."""
 
     file: Path
     key: str
@@ -156,6 +160,16 @@ class _Stored:
         # Opened anew for each part: the pages of a mapping that stays would add up to the whole file.
         with safe_open(self.file, framework="numpy") as file:
             return file.get_slice(self.key)[slices]
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredTorch(_Stored):
+    """A tensor in a .bin file."""
+
+    tensor: LazyTensor
+
+    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
+        return self.tensor.read(slices)
 
 
 def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, _Stored]:
@@ -184,8 +198,8 @@ def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, _Stored]:
             problems.append(f"{tensor.key!r} is no parameter of this config")
         elif tensor.shape != wanted[name]:
             problems.append(f"{tensor.key} is {list(tensor.shape)}, wanted {list(wanted[name])}")
-        elif tensor.dtype not in STORED_DTYPES:
-            problems.append(f"{tensor.key} is {tensor.dtype}, wanted one of {', '.join(STORED_DTYPES)}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{tensor.key} is {tensor.dtype}, wanted one of {', '.join(DTYPES)}")
     absent = wanted.keys() - found.keys() - explained
     problems += [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name in absent]
     if problems:
@@ -207,25 +221,33 @@ def _wanted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _list_tensors(folder: Path) -> tuple[list[_Stored], list[str], set[str]]:
     """All tensors of the folder, what is wrong with its index and shards, and the full names of the tensors whose
     absence that explains. Raises: InputError where nothing can be read at all."""
-    if (folder / WEIGHTS).is_file():
-        return _read_header(folder / WEIGHTS), [], set()
-    if not (folder / INDEX).is_file():
-        raise InputError(_no_weights(folder))
-    index = read_json(folder / INDEX)
+    for weights, read_header in ((WEIGHTS, _read_safetensors), (TORCH_WEIGHTS, _read_torch)):
+        if (folder / weights).is_file():
+            return read_header(folder / weights), [], set()
+        index_path = folder / f"{weights}.index.json"
+        if index_path.is_file():
+            return _list_shards(index_path, read_header)
+    raise InputError(_no_weights(folder))
+
+
+def _list_shards(index_path: Path, read_header) -> tuple[list[_Stored], list[str], set[str]]:
+    """`_list_tensors` for shards: the index and they must say the same."""
+    folder, index_name = index_path.parent, index_path.name
+    index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX} has no weight_map; download it again")
+        raise InputError(f"{index_path} has no weight_map; download it again")
 
     tensors, problems, explained, declared = {}, [], set(), {}
     for key, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or any(mark in shard for mark in "/\\\0"):
-            problems.append(f"{INDEX}: {key!r} is in {shard!r}, which is no bare file name")
+            problems.append(f"{index_name}: {key!r} is in {shard!r}, which is no bare file name")
             explained.add(names.full_hf_name(key))
         else:
             declared.setdefault(shard, set()).add(key)
     for shard, keys in sorted(declared.items()):
         try:
-            held = _read_header(folder / shard)
+            held = read_header(folder / shard)
         except InputError as error:
             problems.append(str(error))
             explained |= {names.full_hf_name(key) for key in keys}
@@ -234,15 +256,15 @@ def _list_tensors(folder: Path) -> tuple[list[_Stored], list[str], set[str]]:
             if tensor.key in tensors:
                 problems.append(f"{tensor.key!r} is in two shards, {tensors[tensor.key].file.name} and {shard}")
             elif tensor.key not in keys:
-                problems.append(f"{shard} holds {tensor.key!r}, which {INDEX} does not say")
+                problems.append(f"{shard} holds {tensor.key!r}, which {index_name} does not say")
             tensors[tensor.key] = tensor
         for key in sorted(keys - {tensor.key for tensor in held}):
-            problems.append(f"{INDEX} says that {key!r} is in {shard}, but it is not")
+            problems.append(f"{index_name} says that {key!r} is in {shard}, but it is not")
             explained.add(names.full_hf_name(key))
     return list(tensors.values()), problems, explained
 
 
-def _read_header(path: Path) -> list[_Stored]:
+def _read_safetensors(path: Path) -> list[_Stored]:
     """What a safetensors file holds. Raises: InputError where it is missing or damaged."""
     try:
         with safe_open(path, framework="numpy"):  # the library checks everything but keys said twice
@@ -255,19 +277,30 @@ def _read_header(path: Path) -> list[_Stored]:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or no safetensors file ({one_line(error)}); download it again") from error
     header.pop("__metadata__", None)
-    return [_Stored(path, key, spec["dtype"], tuple(spec["shape"])) for key, spec in header.items()]
+    return [
+        _Stored(path, key, STORED_DTYPES.get(spec["dtype"], spec["dtype"]), tuple(spec["shape"]))
+        for key, spec in header.items()
+    ]
+
+
+def _read_torch(path: Path) -> list[_Stored]:
+    """What a .bin file holds, by the restricted reader. Raises: InputError where it is missing, damaged or hostile."""
+    if not path.is_file():
+        raise InputError(f"{path} is not there; download it again")
+    tree = open_torch_file(path).tree
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds a {type(tree).__name__}; wanted a dict of tensors")
+    others = [key for key, tensor in tree.items() if not (isinstance(key, str) and isinstance(tensor, LazyTensor))]
+    if others:
+        raise InputError(f"{path}: {others[0]!r} is no tensor; wanted a dict of tensors")
+    return [_StoredTorch(path, key, np.dtype(t.dtype).name, tuple(t.shape), t) for key, t in tree.items()]
 
 
 def _no_weights(folder: Path) -> str:
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     if shards:
         return f"{folder} has {shards[0]} but neither {WEIGHTS} nor {INDEX}; download the index too"
-    others = sorted(path.name for path in folder.glob("*.bin"))
-    return (
-        f"{folder} has neither {WEIGHTS} nor {INDEX}{f', only {others[0]}' if others else ''}; .bin files are not read "
-        "here: convert them with transformers' "
-        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
-    )
+    return f"{folder} has neither {WEIGHTS} nor {TORCH_WEIGHTS}, and no index of shards of either; download the weights"
 
 
 def _same_values(one: _Stored, other: _Stored, *, rows: int = 4096) -> bool:
@@ -278,7 +311,7 @@ def _same_values(one: _Stored, other: _Stored, *, rows: int = 4096) -> bool:
 
 
 def _common_dtype(folder: Path, tensors: dict[str, _Stored]):
-    found = sorted({STORED_DTYPES[tensor.dtype] for tensor in tensors.values()})
+    found = sorted({tensor.dtype for tensor in tensors.values()})
     if len(found) > 1:
         raise InputError(f"{folder} stores parameters as {' and '.join(found)}; pass a dtype to cast them all to")
     return jnp.dtype(found[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 from neox_jax.errors import InputError
 
 FILES = ["config.json", "tokenizer*.json", "special_tokens_map.json", "*.safetensors", "*.safetensors.index.json"]
+TORCH_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only where there are no safetensors
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -39,7 +40,10 @@ def fetch_snapshot(repo_id: str, *, revision: str | None = None) -> Path:
 
     what = repo_id if revision is None else f"{repo_id} at revision {revision}"
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES + TORCH_FILES))
+        return folder
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is neither a folder here nor a repository id (owner/name)") from error
     except GatedRepoError as error:
