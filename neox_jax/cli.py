@@ -99,10 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
     add("--json", action="store_true", help="print JSON")
 
-    add = verb("convert", _convert, "Convert a model into another format.").add_argument
+    convert = verb("convert", _convert, "Convert a model into another format, or compare two of any formats.")
+    add = convert.add_argument
     add("source", metavar="SRC", help=SOURCE_HELP)
-    add("destination", metavar="DST", help="a new folder")
-    add("--to", required=True, choices=("hf", "orbax", "neox"), dest="format")
+    add("destination", metavar="DST", help="a new folder; with --verify, the model to compare with")
+    task = convert.add_mutually_exclusive_group(required=True)
+    task.add_argument("--to", choices=("hf", "orbax", "neox"), dest="format")
+    task.add_argument("--verify", action="store_true", help="write nothing: compare SRC and DST, tensor by tensor")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="with --to neox: into how many parts")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
@@ -231,6 +234,8 @@ def _eval(args) -> int:
 def _convert(args) -> int:
     model = neox_jax.load_model(args.source, dtype=args.dtype, revision=args.revision)
     _report_drift(args.source)
+    if args.verify:
+        return _verify(model, args)
     try:
         tokenizer = neox_jax.load_tokenizer(args.source, revision=args.revision)
     except InputError as error:
@@ -241,6 +246,19 @@ def _convert(args) -> int:
     )
     print(f"{model.config.num_parameters:,} parameters in {args.destination}")
     return 0
+
+
+def _verify(model, args) -> int:
+    from neox_jax.convert.source import compare_models
+
+    differences = compare_models(model, neox_jax.load_model(args.destination, dtype=args.dtype))
+    for line in differences:
+        print(line)
+    print(
+        f"{args.source} and {args.destination}: "
+        + (f"{len(differences)} tensors differ" if differences else "the same")
+    )
+    return EXIT_BAD_INPUT if differences else 0
 
 
 def _report_drift(source: str) -> None:

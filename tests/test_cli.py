@@ -132,6 +132,25 @@ def test_convert_through_neox(work, tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").read_text() == (work / "model" / "tokenizer.json").read_text()
 
 
+def test_verify_compares_any_two_formats(work, tmp_path, capsys):
+    model = neox_jax.load_model(work / "model")
+    for format in ("neox", "orbax"):
+        neox_jax.save_model(model, tmp_path / format, format=format)
+        assert main(["convert", str(work / "model"), str(tmp_path / format), "--verify"]) == 0
+        assert capsys.readouterr().out.endswith(": the same\n")
+    kernel = model.layers.mlp.dense_4h_to_h.kernel
+    model.layers.mlp.dense_4h_to_h.kernel = type(kernel)(kernel[...].at[2, 0, 0].add(0.5))
+    neox_jax.save_model(model, tmp_path / "changed")
+    assert main(["convert", str(work / "model"), str(tmp_path / "changed"), "--verify"]) == 65
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("gpt_neox.layers.2.mlp.dense_4h_to_h.weight differs, by at most 0.5")
+    assert lines[1].endswith("1 tensors differ")
+    half = neox_jax.load_model(work / "model", dtype="float16")
+    neox_jax.save_model(half, tmp_path / "half")
+    assert main(["convert", str(work / "model"), str(tmp_path / "half"), "--verify"]) == 65
+    assert "float32[512, 64] and float16[512, 64]" in capsys.readouterr().out
+
+
 def test_convert_says_how_far_ranks_drifted(work, tmp_path, capsys):
     assert main(["convert", str(work / "model"), str(tmp_path / "neox"), "--to", "neox", "--tensor-parallel", "2"]) == 0
     assert "differ between ranks" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps, read_meta, read_tree, save_params
@@ -84,6 +85,26 @@ def save_model(
     if tokenizer_json is not None:
         (path / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
     save_params(pure_params(model), path, model.config)
+
+
+def compare_models(one: NeoX, other: NeoX) -> list[str]:
+    """What differs between two models' tensors, bit for bit, under Hugging Face's names; empty where nothing does.
+
+    Rows that only pad a vocabulary for a mesh do not count. A layer of a parameter is on the host at a time.
+    """
+    ours, theirs = ({tensor.name: tensor for tensor in hf.stored_tensors(model)} for model in (one, other))
+    found = [f"{name} is in the first only" for name in ours if name not in theirs]
+    found += [f"{name} is in the second only" for name in theirs if name not in ours]
+    for name in [name for name in ours if name in theirs]:
+        kinds = [f"{tensor.dtype.name}{list(tensor.shape)}" for tensor in (ours[name], theirs[name])]
+        if kinds[0] != kinds[1]:
+            found.append(f"{name} is {kinds[0]} and {kinds[1]}")
+            continue
+        a, b = ours[name].fetch(), theirs[name].fetch()
+        if a.tobytes() != b.tobytes():
+            gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
+            found.append(f"{name} differs, by at most {gap:.3g}")
+    return found
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Path]:
