@@ -354,7 +354,8 @@ def test_interrupted_and_started_again(data, tmp_path, number, code):
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     stopped_at = list_steps(tmp_path / "run" / "checkpoints")[-1]
-    assert 40 <= stopped_at < 400
+    # A kill may cut off the save of step 40, but that began only when the one of step 20 was complete.
+    assert (20 if number == signal.SIGKILL else 50) <= stopped_at < 400
     if code == 75:
         assert f"stopped and saved at step {stopped_at}" in out
     process = run_cli(*arguments)
