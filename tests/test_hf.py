@@ -582,14 +582,16 @@ def test_destination_with_something_in_it(small, tmp_path):
 def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     written = []
 
-    def interrupted(tensors, path, **options):
+    write = hf._write_safetensors
+
+    def interrupted(path, tensors):
         if written:
             raise KeyboardInterrupt
         written.append(path)
-        save_file(tensors, path, **options)
+        write(path, tensors)
         assert not is_hf_folder(path.parent), "a folder half written must not look finished"
 
-    monkeypatch.setattr(hf, "save_file", interrupted)
+    monkeypatch.setattr(hf, "_write_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_hf(random_model(VARIANTS["pythia"]), tmp_path / "out", max_shard_bytes=20_000)
     assert written

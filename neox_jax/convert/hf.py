@@ -3,7 +3,7 @@
 Weights are read from safetensors or, where there are none, from PyTorch's .bin files; written are safetensors.
 
 A load reads each device's part of each parameter from the files, layer by layer; a save fetches one layer of one
-parameter at a time and holds one shard of the output. Neither ever holds the model a second time.
+parameter at a time and writes it. Neither ever holds the model a second time.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from neox_jax.config import DTYPES, ModelConfig, check_choice
 from neox_jax.convert import names
@@ -399,11 +398,27 @@ def _write_weights(model: NeoX, folder: Path, max_shard_bytes: float) -> None:
     for i, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.{suffix}"
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), file)
-        save_file({tensor.name: tensor.fetch() for tensor in shard}, folder / file, metadata={"format": "pt"})
+        _write_safetensors(folder / file, shard)
     if len(shards) > 1:
         total = sum(tensor.num_bytes for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(_to_json(index), encoding="utf-8")
+
+
+def _write_safetensors(path: Path, tensors: list[Tensor]) -> None:
+    """Writes a safetensors file a tensor at a time; the library's own writer wants all of a shard in memory."""
+    codes = {name: code for code, name in STORED_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        spec = {"dtype": codes[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = spec
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(np.ascontiguousarray(tensor.fetch()).reshape(-1).view(np.uint8).data)
 
 
 def _text_files(model: NeoX, tokenizer_json: str | None) -> dict[str, str]:
