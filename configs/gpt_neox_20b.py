@@ -2,8 +2,9 @@
 
     neox-jax train --config configs/gpt_neox_20b.py --workdir runs/gpt_neox_20b
 
-Published run: 96 A100-40GB (data 12 x pipeline 4 x tensor 2), float16 where this uses bfloat16, 117 TFLOP/s a GPU:
-about 1,450 hours by that figure. To expect of the published weights, zero-shot: LAMBADA 0.720, SciQ 0.928, PIQA 0.779.
+Published run: 96 A100-40GB (data 12 x pipeline 4 x tensor 2), float16 where this uses bfloat16. At the 117 TFLOP/s a
+GPU that are quoted for it, 1,460 hours by arithmetic.
+To expect of the published weights, zero-shot: LAMBADA 0.720, SciQ 0.928, PIQA 0.779.
 Not run here from beginning to end: parameters, gradients and optimizer state take 16 bytes each, 329 GB in all, and the
 mesh is where to start on your own devices.
 """

@@ -2,7 +2,8 @@
 
     neox-jax train --config configs/pythia_12b.py --workdir runs/pythia_12b
 
-Published run: 256 A100-40GB, 72,300 GPU hours (arXiv:2304.01373), float16 where this uses bfloat16.
+Published in float16, where this uses bfloat16.
+By arithmetic: 2.2e+22 FLOPs in all, 47,907 hours of one A100 at 40% of its 312 TFLOP/s.
 To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .705 / .760 / .702 / .902.
 Unlike the smaller sizes it starts from N(0, 0.02), which its preset states.
 Not run here from beginning to end: the mesh is where to start on your own devices.

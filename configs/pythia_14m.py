@@ -2,7 +2,8 @@
 
     neox-jax train --config configs/pythia_14m.py --workdir runs/pythia_14m
 
-Published run: float16 where this uses bfloat16; no hours and no scores were published for this size.
+Published in float16, where this uses bfloat16.
+By arithmetic: 1.7e+19 FLOPs in all, 37 hours of one A100 at 40% of its 312 TFLOP/s.
 Not run here from beginning to end: the mesh is where to start on your own devices.
 """
 

@@ -2,7 +2,8 @@
 
     neox-jax train --config configs/pythia_1_4b.py --workdir runs/pythia_1_4b
 
-Published run: 64 A100-40GB, 7,120 GPU hours (arXiv:2304.01373), float16 where this uses bfloat16.
+Published in float16, where this uses bfloat16.
+By arithmetic: 2.5e+21 FLOPs in all, 5,654 hours of one A100 at 40% of its 312 TFLOP/s.
 To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .616 / .709 / .607 / .865.
 Not run here from beginning to end: the mesh is where to start on your own devices.
 """

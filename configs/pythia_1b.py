@@ -2,7 +2,8 @@
 
     neox-jax train --config configs/pythia_1b.py --workdir runs/pythia_1b
 
-Published run: 64 A100-40GB, 4,830 GPU hours (arXiv:2304.01373), bfloat16 as here.
+Published in bfloat16, as here.
+By arithmetic: 1.8e+21 FLOPs in all, 3,907 hours of one A100 at 40% of its 312 TFLOP/s.
 To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .562 / .707 / .569 / .840.
 The learning rate is the README's; the published configuration file says 2.5e-4.
 Not run here from beginning to end: the mesh is where to start on your own devices.

@@ -2,7 +2,8 @@
 
     neox-jax train --config configs/pythia_6_9b.py --workdir runs/pythia_6_9b
 
-Published run: 128 A100-40GB, 33,500 GPU hours (arXiv:2304.01373), float16 where this uses bfloat16.
+Published in float16, where this uses bfloat16.
+By arithmetic: 1.2e+22 FLOPs in all, 27,705 hours of one A100 at 40% of its 312 TFLOP/s.
 To expect, zero-shot, of the published weights: LAMBADA / PIQA / ARC-easy / SciQ accuracy .673 / .752 / .673 / .897.
 Unlike the smaller sizes it starts from N(0, 0.02), which its preset states.
 Not run here from beginning to end: the mesh is where to start on your own devices.

@@ -162,7 +162,7 @@ def _train(args) -> int:
 def _generate(args) -> int:
     if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
         return _usage("generate takes either --prompt TEXT, or --input FILE.jsonl with --output FILE.jsonl")
-    prompts = [args.prompt] if args.input is None else [line["prompt"] for line in _read_prompts(args.input)]
+    asked = [{"prompt": args.prompt}] if args.input is None else _read_prompts(args.input)
     model, tokenizer = _load(args)
 
     def stream(row: int, piece: str) -> None:
@@ -171,7 +171,7 @@ def _generate(args) -> int:
     completions = neox_jax.generate(
         model,
         tokenizer,
-        prompts,
+        [line["prompt"] for line in asked],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -188,7 +188,7 @@ def _generate(args) -> int:
         return 0
     lines = [
         json.dumps({**line, "completion": completion.text, "finish_reason": completion.finish_reason}) + "\n"
-        for line, completion in zip(_read_prompts(args.input), completions, strict=True)
+        for line, completion in zip(asked, completions, strict=True)
     ]
     _write_whole(Path(args.output), "".join(lines))
     print(f"{len(lines)} completions in {args.output}")

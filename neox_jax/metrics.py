@@ -20,7 +20,7 @@ class MetricsWriter:
         self._tensorboard = _tensorboard_writer(Path(folder) / "tensorboard", purge_step=start_step + 1)
 
     def write(self, metrics: dict) -> None:
-        """metrics: `step` and plain numbers or strings, as design names them."""
+        """metrics: `step` and plain numbers or strings, by name; numbers go to TensorBoard too."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         if self._tensorboard is not None:

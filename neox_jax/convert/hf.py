@@ -34,7 +34,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 TORCH_WEIGHTS = "pytorch_model.bin"
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-MAX_PROBLEMS_SHOWN = 8
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -202,8 +201,7 @@ def _find_tensors(folder: Path, config: ModelConfig) -> dict[str, _Stored]:
     absent = wanted.keys() - found.keys() - explained
     problems += [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name in absent]
     if problems:
-        shown, more = "; ".join(problems[:MAX_PROBLEMS_SHOWN]), len(problems) - MAX_PROBLEMS_SHOWN
-        raise InputError(f"{folder}: {shown}" + (f"; and {more} more, {len(problems)} in all" if more > 0 else ""))
+        raise InputError(f"{folder}: {'; '.join(problems)}")
     return found
 
 

@@ -127,8 +127,7 @@ def read_neox(folder: str | Path) -> NeoxCheckpoint:
     tensors = {} if config is None else _merge(files, config, problems)
     drift = {} if problems else _measure_drift(tensors, problems)
     if problems:
-        shown, more = "; ".join(problems[: hf.MAX_PROBLEMS_SHOWN]), len(problems) - hf.MAX_PROBLEMS_SHOWN
-        text = f"{folder}: {shown}" + (f"; and {more} more, {len(problems)} in all" if more > 0 else "")
+        text = f"{folder}: {'; '.join(problems)}"
         raise InputError(" ".join(text.split()))  # names from files may have line breaks in them
     assert config is not None
     return NeoxCheckpoint(folder, config, len(files.ranks), tensors, drift)
