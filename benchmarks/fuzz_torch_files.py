@@ -2,7 +2,8 @@
 
     python benchmarks/fuzz_torch_files.py --files 200000 --seed 1 --processes 2 --seconds-limit 3600
 
-Every file must be read or refused by InputError, within MAX_SECONDS, without opening, importing or starting anything.
+Every file must be read or refused by InputError, within MAX_SECONDS, without opening, importing or starting anything;
+and one whose checksums were left as they were, if it is read, must give the values of the file that it was made from.
 A defect is printed with the seed that makes its file again: `--seed N --first I --files 1`. Needs PyTorch, for what is
 mutated: small files that torch wrote.
 """
@@ -27,7 +28,8 @@ from neox_jax.convert.torch_files import LazyTensor, open_torch_file
 from neox_jax.errors import InputError
 
 MAX_SECONDS = 5.0
-KINDS = ("anywhere", "cut", "splice", "directory", "pickle", "opcodes")
+CHECKED_KINDS = ("anywhere", "cut", "splice", "directory")  # of which the checksums tell
+KINDS = (*CHECKED_KINDS, "pickle", "opcodes")
 EDGES = (0, 1, 0x7F, 0x80, 0xFF)
 FORBIDDEN = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pickle.")
 # What an attacker or a broken disk would put into a pickle, to be spliced in between opcodes.
@@ -86,13 +88,14 @@ def make_seeds() -> list[bytes]:
     return files
 
 
-def mutate(seeds: list[bytes], rng: random.Random) -> tuple[str, bytes]:
-    """(how, a file that is a little different from one of the seeds)."""
+def mutate(seeds: list[bytes], rng: random.Random) -> tuple[str, bytes, bytes]:
+    """(how, one of the seeds, a file that is a little different from it)."""
     kind = rng.choice(KINDS)
-    data = bytearray(rng.choice(seeds))
+    seed = rng.choice(seeds)
+    data = bytearray(seed)
     if kind == "cut":
-        return kind, bytes(data[: rng.randrange(len(data))])
-    if kind == "anywhere":
+        del data[rng.randrange(len(data)) :]
+    elif kind == "anywhere":
         _hit(data, 0, rng)
     elif kind == "splice":
         other = rng.choice(seeds)
@@ -102,8 +105,8 @@ def mutate(seeds: list[bytes], rng: random.Random) -> tuple[str, bytes]:
     elif kind == "directory":
         _hit(data, max(0, data.rfind(b"PK\x05\x06") - 900), rng)
     else:
-        data = _with_pickle(bytes(data), lambda pickle: _change_pickle(pickle, kind, rng))
-    return kind, bytes(data)
+        data = _with_pickle(seed, lambda pickle: _change_pickle(pickle, kind, rng))
+    return kind, seed, bytes(data)
 
 
 def _hit(data: bytearray, start: int, rng: random.Random) -> None:
@@ -138,14 +141,18 @@ def _with_pickle(file: bytes, change) -> bytes:
     return out.getvalue()
 
 
-def try_file(data: bytes, *, allow_unknown: bool) -> str:
-    """Opens a file and reads all that is in it: "read", "refused", or what is wrong with us."""
+def try_file(data: bytes, *, allow_unknown: bool, original: bytes | None = None) -> str:
+    """Opens a file and reads all that is in it: "read", "refused", or what is wrong with us.
+
+    original: the file whose values it must have if it is read.
+    """
     global _watching
     start = time.perf_counter()
     _seen.clear()
     _watching = True
     try:
-        result = _read_all(data, allow_unknown)
+        values = _read_all(data, allow_unknown)
+        result = "read" if original is None or values == _read_all(original, allow_unknown) else "read wrong values"
     except InputError as error:
         result = "refused" if len(str(error)) < 2000 and "\n" not in str(error) else "a message that is not one line"
     except Exception as error:
@@ -158,20 +165,27 @@ def try_file(data: bytes, *, allow_unknown: bool) -> str:
     return result if seconds < MAX_SECONDS else f"took {seconds:.1f} s"
 
 
-def _read_all(data: bytes, allow_unknown: bool) -> str:
+def _read_all(data: bytes, allow_unknown: bool) -> list:
+    """What is in a file, with the bits of each tensor, to be compared."""
+    values = []
     with open_torch_file(data, allow_unknown=allow_unknown) as file:
         left = [file.tree]
         while left:
             node = left.pop()
             if isinstance(node, dict):
+                values.append([*map(repr, node)])
                 left += node.values()
             elif isinstance(node, (list, tuple)):
+                values.append(len(node))
                 left += node
             elif isinstance(node, LazyTensor):
                 array = node.read()
                 assert array.shape == node.shape
                 assert array.nbytes <= len(data)
-    return "read"
+                values.append((array.shape, array.dtype.name, array.tobytes()))
+            else:
+                values.append(repr(node))
+    return values
 
 
 def fuzz(seeds: list[bytes], *, seed: int, first: int, stride: int, files: int, seconds_limit: float):
@@ -179,8 +193,9 @@ def fuzz(seeds: list[bytes], *, seed: int, first: int, stride: int, files: int, 
     counts, defects, start = collections.Counter(), [], time.perf_counter()
     for index in range(first, files, stride):
         rng = random.Random(f"{seed}/{index}")
-        kind, data = mutate(seeds, rng)
-        result = try_file(data, allow_unknown=rng.random() < 0.5)
+        kind, original, data = mutate(seeds, rng)
+        checked = {"original": original} if kind in CHECKED_KINDS else {}
+        result = try_file(data, allow_unknown=rng.random() < 0.5, **checked)
         known = result in ("read", "refused")
         counts[kind, result if known else "defect"] += 1
         if not known:
@@ -195,12 +210,14 @@ sys.addaudithook(_watch)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=200_000)
+    parser.add_argument("--files", type=int, default=200_000, help="how many to make (%(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first file, to see one again")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds-limit", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=1, help="the same seed makes the same files (%(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="how many share the files (%(default)s)")
+    parser.add_argument("--seconds-limit", type=float, default=600, help="to stop before the last (%(default)s)")
     args = parser.parse_args()
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}; wanted 1 or more")
     seeds = make_seeds()
     for data in seeds:  # also imports what is imported late
         assert try_file(data, allow_unknown=True) == "read"

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import concurrent.futures
 import importlib.util
 import io
 import os
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 
-from neox_jax.convert import torch_files
+from neox_jax.convert import lazy_tensor, torch_files, torch_zip
+from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, FileReader
 from neox_jax.convert.torch_files import LazyTensor, Unknown, open_torch_file, save_torch_file
+from neox_jax.convert.torch_pickle import STORAGES
 from neox_jax.errors import InputError
 
 torch.set_num_threads(1)
-DTYPES = [dtype.name for dtype in torch_files.STORAGES.values()]
+DTYPES = [dtype.name for dtype in STORAGES.values()]
 
 
 def saved(tree, protocol=2) -> bytes:
@@ -130,7 +133,6 @@ def test_reads_what_torch_saves(protocol, tmp_path):
     torch.save(tree, path, pickle_protocol=protocol)
     with open_torch_file(path) as file:
         assert_same(file.tree, tree)
-        file.verify()
     assert_same(open_torch_file(path.read_bytes()).tree, tree)
 
 
@@ -153,9 +155,10 @@ def test_old_files_without_byteorder_and_checksums():
         data = saved(tree)
     finally:
         torch.serialization.set_crc32_options(True)
-    file = open_torch_file(data)
-    file.verify()
-    assert_same(file.tree, tree)
+    assert_same(open_torch_file(data).tree, tree)
+    at = data.index(np.arange(5, dtype=np.float32).tobytes())
+    damaged = open_torch_file(data[:at] + b"\0\0\xc0\x7f" + data[at + 4 :])  # which cannot be told
+    assert np.isnan(damaged.tree["a"].read()).tolist() == [True, False, False, False, False]
     assert_same(open_torch_file(repacked(saved(tree), {"byteorder": None, "version": b"3\n"})).tree, tree)
 
 
@@ -214,7 +217,8 @@ def test_reads_slices(tmp_path):
 
 @pytest.mark.parametrize("chunk", [16, 64, 300])
 def test_reads_strided_tensors_in_chunks(chunk, monkeypatch):
-    monkeypatch.setattr(torch_files, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(lazy_tensor, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(torch_zip, "CHUNK_BYTES", chunk)
     whole = torch.arange(4 * 6 * 5, dtype=torch.int32).reshape(4, 6, 5)
     tree = [whole, whole.permute(2, 0, 1), whole.permute(1, 2, 0), whole[::2, ::3, ::2], whole[:, :, 1].t()]
     assert_same(open_torch_file(saved(tree)).tree, tree)
@@ -227,13 +231,62 @@ def test_reads_only_what_is_asked_for(tmp_path):
         read, reader = [], file._reader
         original = reader.read_into
         reader.read_into = lambda start, out: (read.append(len(out)), original(start, out))[1]
-        file.tree["plain"].read((slice(3, 5),))
-        assert sum(read) == 2 << 20
+        for expected in (66 << 20, 2 << 20):  # the first read also compares the storage's checksum
+            file.tree["plain"].read((slice(3, 5),))
+            assert sum(read) == expected
+            read.clear()
         tracemalloc.start()
         part = file.tree["turned"].read((slice(0, 1 << 17), slice(0, 4)))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < part.nbytes + 2 * torch_files.CHUNK_BYTES
+        assert peak < part.nbytes + 2 * CHUNK_BYTES
+        assert max(read) <= CHUNK_BYTES
+
+
+def test_a_storage_read_whole_is_read_once(tmp_path):
+    path = tmp_path / "x.pt"
+    tree = {"a": torch.randn(3 << 20), "b": torch.arange(5)}
+    torch.save(tree, path)
+    with open_torch_file(path) as file:
+        read, reader = [], file._reader
+        original = reader.read_into
+        reader.read_into = lambda start, out: (read.append(len(out)), original(start, out))[1]
+        for _ in range(2):
+            assert_same(file.tree, tree)
+            assert sum(read) == (12 << 20) + 40
+            read.clear()
+
+
+# ---- readers and lazy tensors by themselves
+
+
+def test_contiguous_lazy_tensors_need_no_strides(tmp_path):
+    array = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
+    path = tmp_path / "x"
+    path.write_bytes(b"header" + array.tobytes())
+    for reader in (FileReader(path), ByteReader(path.read_bytes())):
+        tensor = LazyTensor(reader, 6, (2, 3, 4), None, array.dtype)
+        np.testing.assert_array_equal(tensor.fetch(), array)
+        np.testing.assert_array_equal(tensor.read((slice(1, 2), slice(0, 2))), array[1:2, :2])
+        assert LazyTensor(reader, 6, (), None, array.dtype).read() == 0
+        assert LazyTensor(reader, 6, (3, 0), None, array.dtype).read().shape == (3, 0)
+
+
+def test_readers_refuse_what_is_not_there(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    for reader in (FileReader(path), ByteReader(path.read_bytes())):
+        assert reader.num_bytes == 10
+        assert reader.read(8, 2) == b"89"
+        for start, num_bytes in ((9, 2), (10, 1), (1 << 40, 1), (-1, 1), (0, 1 << 63)):
+            with pytest.raises(InputError):
+                reader.read(start, num_bytes)
+    archive = written([("x/a", b"aaaa"), ("x/b", b"bbbb")])
+    member = torch_zip.read_directory(ByteReader(archive))[1]["x/a"]
+    assert member.read(1, 3) == b"aaa"
+    for start in (-1, 1, 4):  # the bytes are there, and are another's
+        with pytest.raises(InputError, match="member 'x/a' is too short"):
+            member.read(start, 4)
 
 
 # ---- what we write
@@ -242,7 +295,7 @@ def test_reads_only_what_is_asked_for(tmp_path):
 def sample_tree():
     rng = np.random.default_rng(0)
     tied = rng.standard_normal((4, 3)).astype(np.float32)
-    kinds = [*torch_files.STORAGES.values()]
+    kinds = [*STORAGES.values()]
     return {
         "dtypes": {dtype.name: rng.integers(0, 2, (3, 5)).astype(dtype) for dtype in kinds},
         "ordered": collections.OrderedDict(b=tied, a=tied),
@@ -268,8 +321,7 @@ def test_torch_reads_what_we_save(tmp_path):
         np.testing.assert_array_equal(to_numpy(theirs["small"][3]), tree["small"][3])
         assert theirs["small"][0].shape == ()
     with open_torch_file(path) as file:
-        file.verify()
-        assert all(member.start % 64 == 0 for member in file._storages.values())
+        assert_aligned(path)
         assert zipfile.ZipFile(path).testzip() is None
         save_torch_file(tmp_path / "again.bin", file.tree)  # LazyTensors can be written as they are
     assert (tmp_path / "again.bin").stat().st_size >= path.stat().st_size
@@ -277,16 +329,23 @@ def test_torch_reads_what_we_save(tmp_path):
     assert os.listdir(tmp_path / "new") == ["x.bin"]
 
 
+def assert_aligned(path):
+    members = torch_zip.read_directory(FileReader(path))[1]
+    starts = [member.start for name, member in members.items() if "/data/" in name]
+    assert starts
+    assert all(start % 64 == 0 for start in starts)
+
+
 def test_zip64(tmp_path, monkeypatch):
     """Members of more than a GiB have 64-bit sizes; here, of more than 100 bytes."""
-    monkeypatch.setattr(torch_files, "WIDE_BYTES", 100)
+    monkeypatch.setattr(torch_zip, "WIDE_BYTES", 100)
     tree = {"a": np.arange(100, dtype=np.int32), "b": np.ones(2, np.int8)}
     save_torch_file(tmp_path / "x.pt", tree)
     theirs = torch.load(tmp_path / "x.pt", weights_only=True)
     assert theirs["a"].tolist() == list(range(100))
     with open_torch_file(tmp_path / "x.pt") as file:
         assert_same(file.tree, theirs)
-        assert all(member.start % 64 == 0 for member in file._storages.values())
+        assert_aligned(tmp_path / "x.pt")
 
 
 def test_reads_beyond_4_gib(tmp_path):
@@ -674,14 +733,44 @@ def test_refuses_truncated_files(tmp_path):
         assert "cut.pt" in refused(path)
 
 
-def test_damage_shows(tmp_path):
-    at = GOOD.index(np.arange(100.0, dtype=np.float32).tobytes()) + 40
-    bad = GOOD[:at] + b"\xff" + GOOD[at + 1 :]
-    file = open_torch_file(bad)  # a read of a part cannot tell
-    with pytest.raises(InputError, match="storage '0' is damaged"):
-        file.verify()
+@pytest.mark.parametrize("chunk", [64, CHUNK_BYTES])
+@pytest.mark.parametrize("damage", [0, 40, 399])
+def test_damage_shows_at_the_first_read(damage, chunk, tmp_path, monkeypatch):
+    """Of whatever part of whatever tensor of a storage, in memory and on disk, and at each read from then on."""
+    monkeypatch.setattr(torch_zip, "CHUNK_BYTES", chunk)
+    whole = torch.arange(100.0)
+    views = {"a": whole, "part": whole[50:51], "turned": whole.view(10, 10).t(), "empty": whole[:0]}
+    data = saved({**views, "b": whole + 1})
+    at = data.index(to_numpy(whole).tobytes()) + damage
+    bad = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    path = tmp_path / "x.bin"
+    path.write_bytes(bad)
+    reads = [("a", ()), ("a", slice(20, 21)), ("part", ()), ("turned", ()), ("turned", (slice(2), slice(3)))]
+    for name, index in reads:
+        for source, called in ((path, "x.bin"), (bad, "the given bytes")):
+            with open_torch_file(source) as file:
+                for _ in range(2):
+                    with pytest.raises(InputError, match=f"{called}: member 'archive/data/0' is damaged"):
+                        file.tree[name].read(index)
+                assert_same(file.tree["b"], whole + 1)
+                assert file.tree["empty"].read().shape == (0,)
+
+
+def test_damage_of_the_pickle_shows_when_the_file_is_opened():
     at = GOOD.index(b"_rebuild")
-    refused(GOOD[:at] + b"X" + GOOD[at + 1 :], "checksum")
+    refused(GOOD[:at] + b"X" + GOOD[at + 1 :], "member 'archive/data.pkl' is damaged .its checksum")
+
+
+def test_many_threads_read_one_storage(tmp_path):
+    path, whole = tmp_path / "x.bin", np.random.default_rng(0).standard_normal((64, 1 << 16)).astype(np.float32)
+    save_torch_file(path, {"a": whole})
+    for _ in range(5):
+        with open_torch_file(path) as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
+            parts = pool.map(lambda i, tensor=file.tree["a"]: tensor.read(slice(i, i + 1)), range(64))
+            np.testing.assert_array_equal(np.concatenate([*parts]), whole)
+
+
+def test_a_file_cut_while_it_is_open(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(GOOD)
     with open_torch_file(path) as file:

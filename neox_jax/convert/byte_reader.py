@@ -1,0 +1,84 @@
+"""Bytes of a file or of memory at a place, all of them or an InputError: what readers of untrusted files stand on.
+
+A file is read with pread, not mapped: one cut short while it is open gives an error and not SIGBUS, and a mapping's
+pages would add up to the whole file.
+"""
+
+import io
+import os
+import stat
+from pathlib import Path
+
+from neox_jax.errors import InputError
+
+CHUNK_BYTES = 8 << 20  # what is read and not kept is read in pieces of this
+
+
+class ByteReader:
+    """Bounds-checked reads of bytes in memory."""
+
+    def __init__(self, data: bytes):
+        self._data, self.name, self.num_bytes = memoryview(data), "the given bytes", len(data)
+
+    def refuse(self, why: str):
+        """Raises: InputError, always, naming the file."""
+        raise InputError(f"{self.name}: {why}")
+
+    def read(self, start: int, num_bytes: int) -> bytearray:
+        """`num_bytes` bytes from `start`. Raises: InputError, before it allocates, if not all of them are there."""
+        self.check_bounds(start, num_bytes)
+        out = bytearray(num_bytes)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out) -> None:
+        """Fills `out`, a writable buffer of bytes, from `start`. Raises: InputError if not all of them are there."""
+        self.check_bounds(start, len(out))
+        memoryview(out)[:] = self._data[start : start + len(out)]
+
+    def check_bounds(self, start: int, num_bytes: int) -> None:
+        """Raises: InputError if those bytes are not all there."""
+        if start < 0 or start + num_bytes > self.num_bytes:
+            self.refuse("is too short for what should be in it; download it again")
+
+    def close(self) -> None:
+        """Gives a file back; of memory there is nothing to give."""
+
+
+class FileReader(ByteReader):
+    """The same of a regular file; nothing else (a pipe would block, a device never ends)."""
+
+    def __init__(self, path: Path):
+        self.name = ascii(str(path))[1:-1]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.name} is not there; check the path, or download it again") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise InputError(f"{self.name} cannot be opened: {getattr(error, 'strerror', error)}") from error
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise InputError(f"{self.name} is no regular file; wanted a weights file")
+        self._file = io.FileIO(descriptor)  # closes itself when nothing holds it
+        self.num_bytes = status.st_size
+
+    def read_into(self, start: int, out) -> None:
+        self.check_bounds(start, len(out))  # preadv takes -1 for "where the last read ended"
+        left = memoryview(out)
+        while left:
+            try:
+                num_read = os.preadv(self._file.fileno(), [left], start)
+            except OSError as error:
+                raise InputError(f"{self.name} cannot be read: {error}") from error
+            if not num_read:
+                self.refuse("became shorter while it was open; download it again")
+            start, left = start + num_read, left[num_read:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def show_name(name: str) -> str:
+    """A name from a file for a message: one line, plain, not long."""
+    return ascii(name[:80] + "..." if len(name) > 80 else name)
