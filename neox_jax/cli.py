@@ -1,9 +1,11 @@
 """`neox-jax VERB`: the command line. Exit codes: 0 done, 2 bad usage, 65 bad data, config or mesh, 75 start again."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import neox_jax
 from neox_jax.errors import InputError
 
-EXIT_BAD_INPUT, EXIT_START_AGAIN = 65, 75
+EXIT_BAD_INPUT, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 75, 143
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
@@ -232,60 +234,83 @@ def _eval(args) -> int:
 
 
 def _convert(args) -> int:
-    model = neox_jax.load_model(args.source, dtype=args.dtype, revision=args.revision)
-    _report_drift(args.source)
+    from neox_jax.convert import source
+    from neox_jax.convert.files import find_partials
+
     if args.verify:
-        return _verify(model, args)
+        return _verify(args)
+    for path in find_partials(Path(args.destination)):
+        print(f"{path} is of a conversion that was killed, or is still at work; if none is, remove it", file=sys.stderr)
     try:
         tokenizer = neox_jax.load_tokenizer(args.source, revision=args.revision)
     except InputError as error:
         tokenizer = None
         print(f"without a tokenizer: {error}", file=sys.stderr)
-    neox_jax.save_model(
-        model, args.destination, format=args.format, tokenizer=tokenizer, tensor_parallel=args.tensor_parallel
-    )
-    print(f"{model.config.num_parameters:,} parameters in {args.destination}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # unwinds, and so removes what is half-written
+    with _byte_progress("converting") as progress:
+        stored = source.convert(
+            args.source,
+            args.destination,
+            format=args.format,
+            tensor_parallel=args.tensor_parallel,
+            dtype=args.dtype,
+            tokenizer=tokenizer,
+            revision=args.revision,
+            progress=progress,
+        )
+    for note in stored.notes:
+        print(note)
+    print(f"{stored.config.num_parameters:,} parameters in {args.destination}")
     return 0
 
 
-def _verify(model, args) -> int:
-    from neox_jax.convert.source import compare_models
+def _verify(args) -> int:
+    from neox_jax.convert import manifest, source, stored
 
-    differences = compare_models(model, neox_jax.load_model(args.destination, dtype=args.dtype))
-    for line in differences:
+    models, problems = [], []
+    for place, revision in ((args.source, args.revision), (args.destination, None)):
+        model = source.open_source(place, revision=revision)
+        written = manifest.find_manifest(source.folder_of(place, revision=revision))
+        if written is not None:
+            problems += [f"{place}: {line} ({manifest.MANIFEST})" for line in manifest.check(model, written)]
+        models.append(model if args.dtype is None else model.cast(args.dtype))
+    for note in models[0].notes + models[1].notes:
+        print(note)
+    differences = stored.compare(*models)
+    for line in problems + differences:
         print(line)
-    print(
-        f"{args.source} and {args.destination}: "
-        + (f"{len(differences)} tensors differ" if differences else "the same")
-    )
-    return EXIT_BAD_INPUT if differences else 0
+    verdict = f"{len(differences)} tensors differ" if differences else "the same"
+    damaged = "; not all is as it was written" if problems else ""
+    print(f"{args.source} and {args.destination}: {verdict}{damaged}")
+    return EXIT_BAD_INPUT if problems or differences else 0
 
 
-def _report_drift(source: str) -> None:
-    """Says by how much the ranks of a NeoX checkpoint disagree about what they hold copies of; the mean is taken."""
-    from neox_jax.convert.neox import is_neox_folder, read_neox
+@contextlib.contextmanager
+def _byte_progress(what: str):
+    """Gives a function of (bytes done, bytes in all), which draws a bar where stderr is a terminal."""
+    from neox_jax.metrics import Progress
 
-    drift = read_neox(source).drift if is_neox_folder(source) else {}
-    if drift:
-        name = max(drift, key=drift.get)
-        print(f"{len(drift)} tensors differ between ranks and were averaged; most {name}, by {drift[name]:.3g}")
+    start, bar = time.perf_counter(), None
+
+    def report(bytes_done: int, bytes_total: int) -> None:
+        nonlocal bar
+        if sys.stderr.isatty():
+            bar = bar or Progress(what, total=-(-bytes_total // 10**6))
+            rate = bytes_done / 1e6 / (time.perf_counter() - start)
+            bar.update(-(-bytes_done // 10**6), f"MB  {rate:.1f} MB/s")
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _tokenize(args) -> int:
     from neox_jax.data.tokenize import tokenize_files
-    from neox_jax.metrics import Progress
     from neox_jax.tokenizer import Tokenizer
 
-    start, progress = time.perf_counter(), None
-
-    def report(bytes_done: int, bytes_total: int) -> None:
-        nonlocal progress
-        if sys.stderr.isatty():
-            progress = progress or Progress("tokenizing", total=-(-bytes_total // 10**6))
-            rate = bytes_done / 1e6 / (time.perf_counter() - start)
-            progress.update(-(-bytes_done // 10**6), f"MB  {rate:.1f} MB/s")
-
-    try:
+    with _byte_progress("tokenizing") as progress:
         summary = tokenize_files(
             args.inputs,
             tokenizer=Tokenizer.from_file(args.tokenizer),
@@ -293,11 +318,8 @@ def _tokenize(args) -> int:
             append_eod=args.append_eod,
             json_key=args.json_key,
             workers=args.workers,
-            progress=report,
+            progress=progress,
         )
-    finally:
-        if progress is not None:
-            progress.close()
     print(
         f"{summary.documents:,} documents, {summary.tokens:,} tokens ({summary.bytes / max(1, summary.tokens):.2f} "
         f"bytes a token) in {args.output}.bin, {summary.bytes / 1e6 / summary.seconds:.1f} MB/s"

@@ -1,5 +1,6 @@
 """Hugging Face folders: the same logits and gradients as transformers, bit-equal round trips, every refusal."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from variants import VARIANTS, random_model, random_reference
 
 from neox_jax.config import ModelConfig
-from neox_jax.convert import hf, names
-from neox_jax.convert.hf import is_hf_folder, load_hf, save_hf, stored_tensors
+from neox_jax.convert import hf, names, stored
+from neox_jax.convert.hf import is_hf_folder, load_hf, save_hf
 from neox_jax.convert.hub import fetch_snapshot, looks_like_repo_id
 from neox_jax.errors import InputError
 from neox_jax.model import abstract_model
@@ -109,7 +110,8 @@ def test_same_logits_and_gradients_as_transformers(name, reference):
     assert error <= 2e-5  # measured over the variants: 8e-6
 
     gradients = reference_gradients(theirs)
-    got = {tensor.name: tensor.fetch() for tensor in stored_tensors(jax.grad(loss)(ours, TOKENS))}
+    found = stored.from_model(jax.grad(loss)(ours, TOKENS)).tensors
+    got = {name: stored.whole(tensor) for name, tensor in found.items()}
     assert got.keys() == gradients.keys()
     for key, g in gradients.items():
         assert np.abs(got[key] - g).max() <= 2e-5 * np.abs(g).max() + 1e-7, key  # measured: 7e-6 of the largest
@@ -276,16 +278,20 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"model": 4, "fsdp": 2}, {"data": 2, "fsdp":
 def test_mesh_loads_the_same_model(sizes, reference, tmp_path, monkeypatch):
     folder, _ = reference("pythia")
     mesh = make_mesh(**sizes)
+    source = hf.read_hf(folder)
     parts = []
-    read = hf._Stored.read
 
-    def recorded(stored, slices):
-        part = read(stored, slices)
-        parts.append((stored.key, part.size))
-        return part
+    class Recorded:
+        def __init__(self, name, tensor):
+            self.name, self.tensor, self.shape, self.dtype = name, tensor, tensor.shape, tensor.dtype
 
-    monkeypatch.setattr(hf._Stored, "read", recorded)
-    model = load_hf(folder, mesh=mesh)
+        def read(self, slices):
+            part = self.tensor.read(slices)
+            parts.append((self.name, part.size))
+            return part
+
+    recorded = {name: Recorded(name, tensor) for name, tensor in source.tensors.items()}
+    model = stored.to_model(dataclasses.replace(source, tensors=recorded), mesh=mesh)
 
     kernel = model.layers.attention.query_key_value.kernel[...]
     num_parts = sizes.get("fsdp", 1) * sizes.get("model", 1)
@@ -357,7 +363,7 @@ def test_all_problems_at_once(small):
         "gpt_neox.final_layer_norm.bias [32] is missing",
         r"'gpt_neox.layers.1.mlp.extra\n.weight' is no parameter of this config",
         f"{QKV} is [32, 96], wanted [96, 32]",
-        "gpt_neox.embed_in.weight is I32, wanted one of float32, bfloat16, float16",
+        "gpt_neox.embed_in.weight is int32, wanted one of float32, bfloat16, float16",
     ):
         assert part in message
 
@@ -581,7 +587,7 @@ def test_destination_with_something_in_it(small, tmp_path):
 def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     written = []
 
-    write = hf._write_safetensors
+    write = hf.write_safetensors
 
     def interrupted(path, tensors):
         if written:
@@ -590,7 +596,7 @@ def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
         write(path, tensors)
         assert not is_hf_folder(path.parent), "a folder half written must not look finished"
 
-    monkeypatch.setattr(hf, "_write_safetensors", interrupted)
+    monkeypatch.setattr(hf, "write_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_hf(random_model(VARIANTS["pythia"]), tmp_path / "out", max_shard_bytes=20_000)
     assert written
@@ -599,11 +605,12 @@ def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
 
 def test_one_program_fetches_every_layer(small):
     model = load_hf(small)
-    hf._take_layer.clear_cache()
-    for tensor in stored_tensors(model):
-        tensor.fetch()
+    stored._take_on_device.clear_cache()
+    for name, tensor in stored.from_model(model).tensors.items():
+        if ".layers." in name:
+            stored.whole(tensor)
     shapes = {leaf.shape for name, leaf in named_leaves(model).items() if name.startswith("layers.")}
-    assert hf._take_layer._cache_size() == len(shapes)
+    assert stored._take_on_device._cache_size() == len(shapes)
 
 
 TEXTS = [

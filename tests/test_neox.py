@@ -13,9 +13,10 @@ from safetensors.numpy import load_file
 from variants import VARIANTS, random_model, random_reference
 
 from neox_jax.config import ModelConfig
-from neox_jax.convert import names
-from neox_jax.convert.hf import load_hf, save_hf, stored_tensors
-from neox_jax.convert.neox import is_neox_folder, load_neox, locate_step, read_neox, save_neox
+from neox_jax.convert import names, stored
+from neox_jax.convert.hf import load_hf, save_hf
+from neox_jax.convert.neox import load_neox, read_neox, save_neox
+from neox_jax.convert.neox_files import is_neox_folder, locate_step
 from neox_jax.errors import InputError
 from neox_jax.model import abstract_model
 from neox_jax.sharding import make_mesh
@@ -123,7 +124,7 @@ def expected(model) -> dict[str, np.ndarray]:
 
 
 def assert_same_weights(model, wanted: dict[str, np.ndarray]) -> None:
-    got = {tensor.name: tensor.fetch() for tensor in stored_tensors(model)}
+    got = {name: stored.whole(tensor) for name, tensor in stored.from_model(model).tensors.items()}
     assert got.keys() == wanted.keys()
     for name in wanted:
         assert got[name].dtype == wanted[name].dtype
@@ -194,9 +195,9 @@ def test_dtype_is_kept_or_cast_once(dtype, tmp_path):
     theirs = random_reference(config).to(dtype)
     write_reference(tmp_path, theirs, config, 2)
     model = load_neox(tmp_path)
-    for tensor in stored_tensors(model):
-        name = tensor.name.replace("embed_out", "lm_head")
-        assert tensor.fetch().tobytes() == theirs.state_dict()[name].view(torch.int16).numpy().tobytes()
+    for full_name, tensor in stored.from_model(model).tensors.items():
+        name = full_name.replace("embed_out", "lm_head")
+        assert stored.whole(tensor).tobytes() == theirs.state_dict()[name].view(torch.int16).numpy().tobytes()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {str(dtype).removeprefix("torch.")}
     assert_same_weights(load_neox(tmp_path, dtype="float32"), expected(theirs.float()))
 
@@ -232,7 +233,7 @@ def test_norms_that_drifted_are_averaged_and_reported(small, references):
     assert checkpoint.drift == {full: pytest.approx(0.25, rel=1e-5)}
     wanted = expected(references(even_rows(TINY)))
     wanted[full] = ((torch.load(first)[name].double() + tensors[name].double()) / 2).float().numpy()
-    assert_same_weights(checkpoint.load(), wanted)
+    assert_same_weights(stored.to_model(checkpoint), wanted)
 
 
 def test_sequential_biases_are_copies_and_parallel_ones_shares(tmp_path, references):
@@ -496,8 +497,8 @@ def test_torch_reads_what_neox_expects(config, tmp_path):
     save_neox(model, tmp_path, tensor_parallel=2, step=12, config_extra={"train_iters": 20})
     assert (tmp_path / "latest").read_text() == "global_step12"
     step = tmp_path / "global_step12"
-    stored = {path.name: torch.load(path, weights_only=True) for path in step.glob("*.pt")}
-    layers = {name: tensors for name, tensors in stored.items() if name.startswith("layer_")}
+    read = {path.name: torch.load(path, weights_only=True) for path in step.glob("*.pt")}
+    layers = {name: tensors for name, tensors in read.items() if name.startswith("layer_")}
     numbers = [0, 2, 3, 5] + ([] if config["tie_word_embeddings"] else [6])
     assert sorted(layers) == [f"layer_{n:02d}-model_{r:02d}-model_states.pt" for n in numbers for r in (0, 1)]
 
@@ -521,7 +522,9 @@ def test_torch_reads_what_neox_expects(config, tmp_path):
         assert {key: tuple(t.shape) for key, t in tensors.items()} == shapes[int(name[6:8])]
         assert {t.dtype for t in tensors.values()} == {torch.float16}
 
-    whole = {tensor.name: torch.from_numpy(tensor.fetch().copy()) for tensor in stored_tensors(model)}
+    whole = {
+        name: torch.from_numpy(stored.whole(tensor).copy()) for name, tensor in stored.from_model(model).tensors.items()
+    }
     first, second = (layers[f"layer_02-model_0{rank}-model_states.pt"] for rank in (0, 1))
     bias = "mlp.dense_4h_to_h.bias"
     shared = 2 if config["use_parallel_residual"] else 1
@@ -534,7 +537,7 @@ def test_torch_reads_what_neox_expects(config, tmp_path):
     assert not table[97:].any()
 
     for rank in (0, 1):
-        state = stored[f"mp_rank_{rank:02d}_model_states.pt"]
+        state = read[f"mp_rank_{rank:02d}_model_states.pt"]
         assert (state["iteration"], state["mp_world_size"], state["module"]) == (12, 2, None)
     settings = yaml.safe_load((step / "configs" / "config.yml").read_text())
     assert settings["layernorm_epsilon"] == 1e-5

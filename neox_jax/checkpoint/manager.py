@@ -21,10 +21,11 @@ from orbax.checkpoint.checkpoint_managers import (
     SpecificStepsPolicy,
 )
 
+from neox_jax.checkpoint.streamed import StreamedHandler, params_handler
 from neox_jax.config import CheckpointConfig, ModelConfig
 from neox_jax.errors import InputError
 from neox_jax.train_state import TrainState
-from neox_jax.tree import named_leaves
+from neox_jax.tree import map_named, named_leaves
 
 FORMAT = 1
 STEPS_FOLDER = "checkpoints"
@@ -57,7 +58,7 @@ class RunCheckpoints:
         if force and step in self._manager.all_steps():
             return False
         items = {
-            "params": ocp.args.StandardSave(state.params),
+            "params": ocp.args.StandardSave(state.params, save_args=map_named(_save_args, state.params)),
             "optimizer": ocp.args.StandardSave({"step": state.step, "state": state.optimizer_state}),
             "meta": ocp.args.JsonSave(_meta(model, state.params)),
         }
@@ -78,11 +79,18 @@ class RunCheckpoints:
 
 
 def save_params(params, folder: Path, model: ModelConfig) -> None:
-    """Writes parameters alone as step 0 under `folder`."""
+    """Writes parameters alone, a tree of `StreamedArray`s, as step 0 under `folder`."""
     path = (Path(folder) / STEPS_FOLDER).absolute()
-    with ocp.CheckpointManager(path) as manager:
-        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(_meta(model, params))}
-        manager.save(0, args=ocp.args.Composite(**items), force=True)
+    streamed = StreamedHandler()
+    handlers = {"params": params_handler(streamed), "meta": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(path, item_handlers=handlers) as manager:
+        items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(_meta(model, params))}
+        try:
+            manager.save(0, args=ocp.args.Composite(**items), force=True)
+            manager.wait_until_finished()
+        except BaseException:
+            streamed.cancelled.set()
+            raise
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -112,9 +120,18 @@ def read_tree(folder: Path, abstract):
 
     Raises: InputError listing every array that is missing, extra or of another shape or dtype; nothing is narrowed.
     """
+    check_tree(folder, abstract)
     handler = ocp.StandardCheckpointHandler()  # a checkpointer around it would look for metadata one folder too deep
-    _check_same(folder, _shapes(handler.metadata(folder.absolute()).tree), _shapes(abstract))
     return handler.restore(folder.absolute(), args=ocp.args.StandardRestore(abstract))
+
+
+def check_tree(folder: Path, abstract) -> None:
+    """Compares what is on disk with a tree of shapes and dtypes.
+
+    Raises: InputError listing every array that is missing, extra or of another shape or dtype.
+    """
+    found = _shapes(ocp.StandardCheckpointHandler().metadata(folder.absolute()).tree)
+    _check_same(folder, found, _shapes(abstract))
 
 
 def _shapes(tree) -> dict[str, str]:
@@ -129,6 +146,11 @@ def _check_same(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> 
             problems.append(f"{name} is {found[name]}, wanted {wanted[name]}")
     if problems:
         raise InputError(f"{folder}: {'; '.join(sorted(problems))}")
+
+
+def _save_args(name: str, leaf) -> ocp.SaveArgs:
+    """A chunk for each layer, so that a conversion reads one without the others."""
+    return ocp.SaveArgs(shard_axes=(0,) if name.startswith("layers.") else ())
 
 
 def _meta(model: ModelConfig, params) -> dict:

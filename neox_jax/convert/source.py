@@ -1,24 +1,27 @@
 """One way in and one way out: a SOURCE is recognised by its content, whatever kind it is."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps, read_meta, read_tree, save_params
-from neox_jax.config import DTYPES, check_choice
-from neox_jax.convert import hf, hub, neox
+from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps
+from neox_jax.config import check_choice
+from neox_jax.convert import hf, hub, neox, orbax
+from neox_jax.convert.files import written_whole
+from neox_jax.convert.manifest import MANIFEST, Hashing
+from neox_jax.convert.neox_files import is_neox_folder, locate_step
+from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, to_model
 from neox_jax.errors import InputError
-from neox_jax.model import NeoX, abstract_model
+from neox_jax.model import NeoX
 from neox_jax.sharding import AXES
 from neox_jax.tokenizer import Tokenizer
-from neox_jax.train_state import pure_params
 
 TOKENIZER_FILE = "tokenizer.json"
 FORMATS = ("hf", "orbax", "neox")
+_READ = {"hf": hf.read_hf, "neox": neox.read_neox, "orbax": orbax.read_step}
 
 
 def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | None = None) -> NeoX:
@@ -31,24 +34,34 @@ def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | Non
     """
     if mesh is not None and not set(mesh.axis_names) <= set(AXES):
         raise InputError(f"mesh axes {mesh.axis_names}: each must be one of {', '.join(AXES)}")
-    if dtype is not None:
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        check_choice("dtype", name, DTYPES)
-        dtype = jnp.dtype(name)
+    dtype = check_dtype(dtype)
     kind, folder = locate(source, revision=revision)
-    load = {"hf": hf.load_hf, "neox": neox.load_neox, "orbax": _load_step}[kind]
-    return load(folder, mesh=mesh, dtype=dtype)
+    if kind == "orbax":
+        return orbax.load_step(folder, mesh=mesh, dtype=dtype)
+    return to_model(_READ[kind](folder).cast(dtype), mesh=mesh)
+
+
+def open_source(source: str | Path, *, revision: str | None = None) -> StoredModel:
+    """The configuration and the tensors of a SOURCE, with its weights still on disk. Raises: as `load_model`."""
+    kind, folder = locate(source, revision=revision)
+    return _READ[kind](folder)
+
+
+def folder_of(source: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a SOURCE in which its tokenizer and its manifest are. Raises: as `load_model`."""
+    kind, folder = locate(source, revision=revision)
+    if kind == "orbax":
+        return folder.parent.parent  # beside its checkpoints
+    if kind == "neox" and not (folder / TOKENIZER_FILE).is_file() and not (folder / MANIFEST).is_file():
+        return locate_step(folder).parent
+    return folder
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a SOURCE, or of a tokenizer.json file. Raises: InputError if there is none."""
     if Path(source).is_file():
         return Tokenizer.from_file(source)
-    kind, folder = locate(source, revision=revision)
-    if kind == "orbax":
-        folder = folder.parent.parent  # a run's tokenizer is beside its checkpoints
-    elif kind == "neox" and not (folder / TOKENIZER_FILE).is_file():
-        folder = neox.locate_step(folder).parent
+    folder = folder_of(source, revision=revision)
     if not (folder / TOKENIZER_FILE).is_file():
         raise InputError(f"{folder} has no {TOKENIZER_FILE}; name a tokenizer file, or copy the model's beside it")
     return Tokenizer.from_file(folder / TOKENIZER_FILE, eos_token_id=_stated_eos(folder))
@@ -67,44 +80,104 @@ def save_model(
     format: hf (a folder that transformers loads), orbax (a run folder with the parameters as step 0) or neox (NeoX's
     pipeline layout, cut for tensor_parallel ranks). Takes any pytree of the model's structure: gradients, for one.
     Nothing half-written is left behind.
-    Raises: InputError for another format, or a folder that is there already and not empty.
+    Raises: InputError for another format, a folder that is there already and not empty, or where there is no room.
+    """
+    tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+    _write(from_model(model), path, format=format, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: str,
+    tensor_parallel: int = 1,
+    dtype=None,
+    tokenizer: Tokenizer | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoredModel:
+    """Writes a SOURCE in another format (see `save_model`) without ever holding the model, and a manifest beside it.
+
+    progress: called with the bytes of tensors done, and of all. Returns what was read; its notes are for the user.
+    Raises: as `load_model` and `save_model`.
     """
     check_choice("format", format, FORMATS)
-    path = Path(path)
-    tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+    stored = open_source(source, revision=revision).cast(dtype)
+    with Hashing(stored) as hashing:
+        counted = stored if progress is None else _count(stored, progress)
+        tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+        about = {"written": {"format": format, "tensor_parallel": tensor_parallel}}
+        _write(
+            counted,
+            destination,
+            format=format,
+            tensor_parallel=tensor_parallel,
+            tokenizer_json=tokenizer_json,
+            finish=lambda folder: hashing.write(folder, **about),
+        )
+    return stored
+
+
+def _write(
+    stored: StoredModel,
+    path: str | Path,
+    *,
+    format: str,
+    tensor_parallel: int,
+    tokenizer_json: str | None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    check_choice("format", format, FORMATS)
     if tensor_parallel != 1 and format != "neox":
         raise InputError(f"tensor_parallel {tensor_parallel} is of NeoX's layout only; {format} has one part")
     if format == "hf":
-        hf.save_hf(model, path, tokenizer_json=tokenizer_json)
-        return
-    if format == "neox":
-        neox.save_neox(model, path, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json)
-        return
-    hf.require_new(path)
-    path.mkdir(parents=True, exist_ok=True)
-    if tokenizer_json is not None:
-        (path / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
-    save_params(pure_params(model), path, model.config)
+        hf.save_hf(stored, path, tokenizer_json=tokenizer_json, finish=finish)
+    elif format == "neox":
+        neox.save_neox(stored, path, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json, finish=finish)
+    else:
+        with written_whole(Path(path), stored.num_bytes) as partial:
+            if tokenizer_json is not None:
+                (partial / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+            orbax.write_run(stored, partial)
+            if finish is not None:
+                finish(partial)
 
 
-def compare_models(one: NeoX, other: NeoX) -> list[str]:
-    """What differs between two models' tensors, bit for bit, under Hugging Face's names; empty where nothing does.
+def _count(stored: StoredModel, progress: Callable[[int, int], None]) -> StoredModel:
+    """The same model, which tells of what is read from it."""
+    done, total = 0, stored.num_bytes
 
-    Rows that only pad a vocabulary for a mesh do not count. A layer of a parameter is on the host at a time.
-    """
-    ours, theirs = ({tensor.name: tensor for tensor in hf.stored_tensors(model)} for model in (one, other))
-    found = [f"{name} is in the first only" for name in ours if name not in theirs]
-    found += [f"{name} is in the second only" for name in theirs if name not in ours]
-    for name in [name for name in ours if name in theirs]:
-        kinds = [f"{tensor.dtype.name}{list(tensor.shape)}" for tensor in (ours[name], theirs[name])]
-        if kinds[0] != kinds[1]:
-            found.append(f"{name} is {kinds[0]} and {kinds[1]}")
-            continue
-        a, b = ours[name].fetch(), theirs[name].fetch()
-        if a.tobytes() != b.tobytes():
-            gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
-            found.append(f"{name} differs, by at most {gap:.3g}")
-    return found
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(min(done, total), total)
+
+    tensors = {name: _Counted(tensor, count) for name, tensor in stored.tensors.items()}
+    return dataclasses.replace(stored, tensors=tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    tensor: StoredTensor
+    count: Callable[[int], None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.tensor.dtype)
+
+    @property
+    def row_unit(self) -> int:
+        return getattr(self.tensor, "row_unit", 1)
+
+    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
+        part = self.tensor.read(slices)
+        self.count(part.nbytes)
+        return part
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Path]:
@@ -118,7 +191,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Pat
             return "orbax", _run(path, None)
         if path.name.isdigit() and (path / "params").is_dir():
             return "orbax", path
-        if neox.is_neox_folder(path):
+        if is_neox_folder(path):
             return "neox", path
         if hf.is_hf_folder(path):
             return "hf", path
@@ -138,17 +211,6 @@ def _run(folder: Path, step: int | None) -> Path:
     if step is not None and step not in steps:
         raise InputError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     return folder / STEPS_FOLDER / str(steps[-1] if step is None else step)
-
-
-def _load_step(step_folder: Path, *, mesh, dtype) -> NeoX:
-    config, stored_dtype = read_meta(step_folder)
-    target = abstract_model(config, dtype=stored_dtype, mesh=mesh)
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), target)
-    graphdef, _ = nnx.split(target)
-    model = nnx.merge(graphdef, read_tree(step_folder / "params", pure_params(target)))
-    return model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
 
 
 def _stated_eos(folder: Path) -> int | None:

@@ -1,0 +1,172 @@
+"""Memory and speed of conversions, beside `cp` of the same files in the same run.
+
+    python benchmarks/conversion.py FOLDER [--layers 4] [--rounds 3] [--output benchmarks/results]
+
+Makes a checkpoint of GPT-NeoX-20B's width with random weights in FOLDER (which needs about four times its size), in
+shards that are each larger than what a conversion may take. Each round copies it with cp and converts it to each
+format and back to Hugging Face's, one after the other. Memory is RssAnon, sampled from outside every 5 ms. The bound is
+what it is after the imports, and the largest tensor, and 1 GiB.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from neox_jax.config import PRESETS
+from neox_jax.convert.hf import save_hf
+from neox_jax.convert.stored import StoredModel, expected_shapes, num_bytes
+
+CHILD = """
+import sys, neox_jax
+from neox_jax.convert import source
+print("imported", flush=True)
+sys.stdin.readline()
+arguments = dict(tensor_parallel=int(sys.argv[4])) if sys.argv[3] == "neox" else {}
+source.convert(sys.argv[1], sys.argv[2], format=sys.argv[3], **arguments)
+"""
+# (from, to): each is a folder that an earlier line of the round has made.
+PAIRS = [("source", "hf"), ("source", "neox"), ("neox", "hf"), ("source", "orbax"), ("orbax", "hf")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTensor:
+    """float16 like initialised weights, cut from one pool: every tensor starts elsewhere in it."""
+
+    pool: np.ndarray
+    start: int
+    shape: tuple[int, ...]
+    dtype = np.dtype(np.float16)
+
+    def read(self, slices):
+        rows, *rest = slices
+        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        first = (self.start + rows.start * width) % len(self.pool)
+        flat = np.take(self.pool, np.arange(first, first + (rows.stop - rows.start) * width), mode="wrap")
+        return flat.reshape(-1, *self.shape[1:])[(slice(None), *rest)]
+
+
+def make_checkpoint(folder: Path, num_layers: int) -> StoredModel:
+    config = dataclasses.replace(PRESETS["gpt-neox-20b"], num_hidden_layers=num_layers)
+    pool = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(np.float16)
+    shapes = expected_shapes(config)
+    tensors = {name: RandomTensor(pool, 7919 * i, shape) for i, (name, shape) in enumerate(shapes.items())}
+    model = StoredModel(config, tensors, str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    save_hf(model, folder, max_shard_bytes=3e9)
+    return model
+
+
+def anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def convert(source: Path, destination: Path, format: str) -> tuple[float, int, int]:
+    """Converts in a process of its own; returns seconds without its imports, RssAnon after these, and its peak."""
+    shutil.rmtree(destination, ignore_errors=True)
+    command = [sys.executable, "-c", CHILD, str(source), str(destination), format, "2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdout.readline() == "imported\n"
+        before = peak = anonymous_bytes(child.pid)
+        start = time.perf_counter()
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        while child.poll() is None:
+            peak = max(peak, anonymous_bytes(child.pid))
+            time.sleep(0.005)
+        seconds = time.perf_counter() - start
+    if child.returncode:
+        raise SystemExit(f"the conversion of {source} to {format} failed")
+    return seconds, before, peak
+
+
+def copy(source: Path, destination: Path) -> float:
+    shutil.rmtree(destination, ignore_errors=True)
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(destination)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    source = args.folder / "source"
+    model = make_checkpoint(source, args.layers)
+    largest = max(map(num_bytes, model.tensors.values()))
+    shards = [path.stat().st_size for path in source.glob("*.safetensors")]
+    print(f"{model.num_bytes / 1e9:.2f} GB in {len(shards)} shards; largest tensor {largest / 1e6:.0f} MB", flush=True)
+
+    copies, found = [], {pair: [] for pair in PAIRS}
+    for _ in range(args.rounds):
+        for pair in PAIRS:
+            copies.append(copy(source, args.folder / "copy"))
+            destination = args.folder / (pair[1] if pair[0] == "source" else f"{pair[0]}-{pair[1]}")
+            seconds, before, peak = convert(args.folder / pair[0], destination, pair[1])
+            found[pair].append({"seconds": seconds, "cp_seconds": copies[-1], "before": before, "peak": peak})
+            extra, bound = peak - before, largest + (1 << 30)
+            print(
+                f"{pair[0]} -> {pair[1]}: {model.num_bytes / 1e9 / seconds:.2f} GB/s, cp "
+                f"{model.num_bytes / 1e9 / copies[-1]:.2f} GB/s; {extra / 2**20:.0f} MiB above {before / 2**20:.0f} "
+                f"({bound / 2**20:.0f} allowed)",
+                flush=True,
+            )
+            if pair[1] == "hf":
+                shutil.rmtree(destination)
+    for name in ("neox", "orbax", "source"):
+        shutil.rmtree(args.folder / name)
+
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores, {_processor()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "model_bytes": model.num_bytes,
+        "largest_tensor_bytes": largest,
+        "shard_bytes": sorted(shards),
+        "allowed_bytes_above_imports": largest + (1 << 30),
+        "conversions": {
+            f"{a} -> {b}": {
+                "speed_relative_to_cp": statistics.median(run["cp_seconds"] / run["seconds"] for run in runs),
+                "gigabytes_per_second": statistics.median(model.num_bytes / 1e9 / run["seconds"] for run in runs),
+                "peak_bytes_above_imports": max(run["peak"] - run["before"] for run in runs),
+            }
+            for (a, b), runs in found.items()
+        },
+        "cp_gigabytes_per_second": statistics.median(model.num_bytes / 1e9 / seconds for seconds in copies),
+        "rounds": args.rounds,
+    }
+    print(json.dumps(result, indent=2))
+    if args.output is not None:
+        path = args.output / f"{result['date']}-conversion-cpu.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Folders that are there whole or not at all, and JSON that says what it says once."""
+
+import collections
+import contextlib
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+from neox_jax.errors import InputError
+
+SPARE_BYTES = 64 << 20  # beside the tensors: configuration, headers, indexes, and what a file system takes itself
+
+
+def require_new(folder: Path) -> None:
+    """Raises: InputError if there is a file of this name, or a folder that is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already has something in it; give a new or an empty folder")
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path, num_bytes: int):
+    """Gives a new folder beside `folder`, which takes its name once all its files are on disk.
+
+    num_bytes: about how many will be written. What fails, or is interrupted, leaves nothing.
+    Raises: InputError if folder has something in it, if there is no room for that many, or if room runs out.
+    """
+    folder = Path(os.path.abspath(folder))
+    require_new(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < num_bytes + SPARE_BYTES:
+            raise InputError(
+                f"{folder} needs {(num_bytes + SPARE_BYTES) / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB "
+                "free; make room, or give a folder on another disk"
+            )
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        partial.rename(folder)  # onto an empty folder too
+        sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(f"{folder} cannot be written: {error.strerror}; nothing of it was kept") from error
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def find_partials(folder: Path) -> list[Path]:
+    """What conversions to this folder have left that were killed, or are still at work."""
+    folder = Path(os.path.abspath(folder))
+    return sorted(folder.parent.glob(f".{folder.name}.partial-*")) if folder.parent.is_dir() else []
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path):
+    """Parses a JSON file. Raises: InputError if it cannot be read or parsed, or says a key twice."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+
+
+def parse_json(text: str | bytes):
+    """Parses JSON. Raises: ValueError if it is none, or says a key twice."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list) -> dict:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key!r} is there twice")
+    return unique
+
+
+def to_json(values: dict) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

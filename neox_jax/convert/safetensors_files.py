@@ -1,0 +1,85 @@
+"""safetensors files: headers checked by the library, tensors read and written a part at a time.
+
+The library's own writer wants all of a file's tensors in memory, and its reader maps the file, whose pages add up.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from neox_jax.convert.byte_reader import FileReader
+from neox_jax.convert.files import one_line, parse_json
+from neox_jax.convert.lazy_tensor import LazyTensor
+from neox_jax.convert.stored import StoredTensor, blocks, num_bytes
+from neox_jax.errors import InputError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """What a safetensors file holds, by name; no tensor is read yet.
+
+    Raises: InputError where it is missing or damaged, or has tensors of a type that is not known here.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not there; download it again")
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks everything but keys said twice
+            pass
+        reader = FileReader(path)
+        header_bytes = int.from_bytes(reader.read(0, 8), "little")
+        header = parse_json(bytes(reader.read(8, header_bytes)))
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged or no safetensors file ({one_line(error)}); download it again") from error
+    header.pop("__metadata__", None)
+    unknown = sorted({spec["dtype"] for spec in header.values()} - DTYPES.keys())
+    if unknown:
+        raise InputError(f"{path} has tensors of type {', '.join(unknown)}; wanted F32, BF16 or F16")
+    return {
+        name: LazyTensor(
+            reader, 8 + header_bytes + spec["data_offsets"][0], tuple(spec["shape"]), None, DTYPES[spec["dtype"]]
+        )
+        for name, spec in header.items()
+    }
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Writes a safetensors file, a block of a tensor at a time."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + num_bytes(tensor)
+        spec = {"dtype": codes[np.dtype(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = spec
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for block in blocks(tensor):
+                file.write(block.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,287 @@
+"""A model as its stored tensors, wherever they are: what every reader gives and every writer takes.
+
+Names and layout are Hugging Face's. Nothing is read before somebody asks, and then a part of a tensor at a time, so a
+conversion never holds a model.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neox_jax.config import DTYPES, ModelConfig, check_choice
+from neox_jax.convert import names
+from neox_jax.errors import InputError
+from neox_jax.model import NeoX, abstract_model
+from neox_jax.sharding import RULES
+from neox_jax.tree import map_named, named_leaves
+
+BLOCK_BYTES = 8 << 20  # of this size buffers are used again by the allocator, and stay in the processor's cache
+
+
+class StoredTensor(Protocol):
+    """A tensor that can be read in parts.
+
+    One whose rows cannot be read one by one at no extra cost has a `row_unit`: how many belong together.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
+        """tensor[slices]: a slice for each dim, with plain bounds and step 1. It may be memory that others read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model's configuration and its tensors by full Hugging Face name, layer by layer, without rows that only pad.
+
+    place: for messages. files: what they are read from. notes: what whoever converts it should know, a line each.
+    """
+
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+    place: str
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def cast(self, dtype=None) -> "StoredModel":
+        """The same with every tensor in one dtype; None is the one that they are stored in.
+
+        Raises: InputError for an unknown dtype; or where None is given and they are stored in several.
+        """
+        if dtype is None:
+            found = sorted({np.dtype(tensor.dtype).name for tensor in self.tensors.values()})
+            if len(found) > 1:
+                raise InputError(
+                    f"{self.place} stores parameters as {' and '.join(found)}; pass a dtype to cast them all to"
+                )
+            return self
+        dtype = check_dtype(dtype)
+        tensors = {
+            name: tensor if tensor.dtype == dtype else _Cast(name, tensor, dtype)
+            for name, tensor in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=tensors)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of all tensors, once `cast` has passed."""
+        return np.dtype(next(iter(self.tensors.values())).dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(num_bytes, self.tensors.values()))
+
+
+def check_dtype(dtype) -> np.dtype | None:
+    """The dtype of this name; None stays None. Raises: InputError if parameters are not stored in such a one."""
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    check_choice("dtype", name, DTYPES)
+    return np.dtype(jnp.dtype(name))
+
+
+def num_bytes(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+def whole(tensor: StoredTensor) -> np.ndarray:
+    return tensor.read(tuple(slice(0, size) for size in tensor.shape))
+
+
+def blocks(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    """Its rows in order, of about BLOCK_BYTES at a time, C-contiguous."""
+    row_bytes = num_bytes(tensor) // max(1, tensor.shape[0])
+    unit = getattr(tensor, "row_unit", 1)
+    step = max(1, BLOCK_BYTES // max(1, row_bytes) // unit) * unit
+    rest = tuple(slice(0, size) for size in tensor.shape[1:])
+    for start in range(0, tensor.shape[0], step):
+        yield np.ascontiguousarray(tensor.read((slice(start, min(start + step, tensor.shape[0])), *rest)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cast:
+    name: str
+    tensor: StoredTensor
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def row_unit(self) -> int:
+        return getattr(self.tensor, "row_unit", 1)
+
+    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
+        part = self.tensor.read(slices)
+        with np.errstate(over="ignore"):
+            cast = part.astype(self.dtype)
+        if self.dtype == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(part)):
+            raise InputError(
+                f"{self.name} has values beyond {float(np.finfo(np.float16).max):g}, the largest of float16; "
+                "convert to bfloat16 or float32"
+            )
+        return cast
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The stored shape of each tensor of such a model by full Hugging Face name, layer by layer."""
+    shapes = {}
+    for name, leaf in named_leaves(abstract_model(dataclasses.replace(config, vocab_multiple=1))).items():
+        row = names.BY_NAME[name]
+        shape = names.stored_shape(leaf.shape[1:] if row.stacked else leaf.shape, row.dims)
+        shapes |= {row.hf_name(layer): shape for layer in row.layers(leaf.shape)}
+    return {name: shapes[name] for name in names.in_order(config.num_hidden_layers) if name in shapes}
+
+
+# ---- to and from devices
+
+
+def from_model(model: NeoX) -> StoredModel:
+    """The tensors of a model on devices of this process; each is brought to the host when it is read.
+
+    model: any pytree of the model's structure: gradients, for one.
+    """
+    found, config = {}, dataclasses.replace(model.config, vocab_multiple=1)
+    for name, leaf in named_leaves(model).items():
+        row = names.BY_NAME[name]
+        shape = leaf.shape[1:] if row.stacked else leaf.shape
+        if row.is_table:
+            shape = (config.vocab_size, *shape[1:])
+        for layer in row.layers(leaf.shape):
+            found[row.hf_name(layer)] = _OnDevice(leaf, layer, shape, row)
+    order = names.in_order(config.num_hidden_layers)
+    return StoredModel(config, {name: found[name] for name in order if name in found}, "the model")
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDevice:
+    """One layer of a parameter. ours: the layer's shape in our layout, without rows that only pad."""
+
+    leaf: jax.Array | np.ndarray
+    layer: int | None
+    ours: tuple[int, ...]
+    row: names.Row
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.leaf.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return names.stored_shape(self.ours, self.row.dims)
+
+    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
+        bounds, inside = names.covering_bounds(slices, self.ours, self.row.dims)
+        starts, sizes = [start for start, _ in bounds], [stop - start for start, stop in bounds]
+        if self.layer is not None:
+            starts, sizes = [self.layer, *starts], [1, *sizes]
+        part = np.asarray(_take(self.leaf, starts, tuple(sizes)))
+        return names.to_stored(part.reshape(part.shape[len(sizes) - len(bounds) :]), self.row.dims)[inside]
+
+
+def _take(leaf, starts: list[int], sizes: tuple[int, ...]):
+    if isinstance(leaf, jax.Array):
+        return _take_on_device(leaf, np.asarray(starts, np.int32), sizes)
+    return leaf[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+
+
+# Traced, so that one program serves every layer, and what is on the devices beside it stays there.
+@functools.partial(jax.jit, static_argnums=2)
+def _take_on_device(leaf, starts, sizes):
+    return jax.lax.dynamic_slice(leaf, starts, sizes)
+
+
+def to_model(stored: StoredModel, *, mesh=None) -> NeoX:
+    """The model of these tensors on the mesh, or on the default device; each device's part is read by itself.
+
+    Where vocab_size does not divide over the mesh the tables get rows of zeros behind it (config.vocab_multiple), which
+    take part in nothing. stored: after `cast`.
+    """
+    config, dtype = stored.config, stored.dtype
+    if mesh is not None:
+        parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES["vocab"])
+        if config.vocab_size % parts:
+            config = dataclasses.replace(config, vocab_multiple=parts)
+
+    def read(name, leaf):
+        row = names.BY_NAME[name]
+        tensors = [stored.tensors[row.hf_name(layer)] for layer in row.layers(leaf.shape)]
+        read_part = functools.partial(_read_part, row, tensors, leaf.shape, dtype)
+        if mesh is None:
+            return jnp.asarray(read_part((slice(None),) * len(leaf.shape)))
+        parts = {}  # replicas on this host share one array
+
+        def once(index):
+            key = tuple((part.start, part.stop) for part in index)
+            return parts[key] if key in parts else parts.setdefault(key, read_part(index))
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, once, dtype=dtype)
+
+    return map_named(read, abstract_model(config, dtype=dtype, mesh=mesh))
+
+
+def _read_part(row: names.Row, tensors: list[StoredTensor], shape, dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """Part of a parameter, in our layout. Table rows beyond those stored, which only pad it, are zeros."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    out = np.zeros([stop - start for start, stop in bounds], dtype)
+    if row.stacked:
+        for i, tensor in enumerate(tensors[slice(*bounds[0])]):
+            out[i] = read_ours(row, tensor, shape[1:], bounds[1:])
+        return out
+    num_rows = tensors[0].shape[0]
+    start, stop = (min(end, num_rows) for end in bounds[0])
+    if start < stop:
+        out[: stop - start] = read_ours(row, tensors[0], shape, [(start, stop), *bounds[1:]])
+    return out
+
+
+def read_ours(row: names.Row, tensor: StoredTensor, shape, bounds: list[tuple[int, int]]) -> np.ndarray:
+    """Part of one layer of a parameter in our layout; shape: of the whole, bounds: (start, stop) for each dim."""
+    part = tensor.read(names.stored_slices(bounds, shape, row.dims))
+    return names.from_stored(part, row.dims, tuple(stop - start for start, stop in bounds))
+
+
+# ---- comparing
+
+
+def compare(one: StoredModel, other: StoredModel) -> list[str]:
+    """What differs between two models' tensors, bit for bit; empty where nothing does. A block of each is held."""
+    ours, theirs = one.tensors, other.tensors
+    found = [f"{name} is in the first only" for name in ours if name not in theirs]
+    found += [f"{name} is in the second only" for name in theirs if name not in ours]
+    for name in [name for name in ours if name in theirs]:
+        a, b = ours[name], theirs[name]
+        kinds = [f"{np.dtype(tensor.dtype).name}{list(tensor.shape)}" for tensor in (a, b)]
+        if kinds[0] != kinds[1]:
+            found.append(f"{name} is {kinds[0]} and {kinds[1]}")
+            continue
+        gap, same = 0.0, True
+        for rows, other_rows in zip_rows(a, b):
+            if rows.tobytes() != other_rows.tobytes():
+                same = False
+                with np.errstate(invalid="ignore"):  # infinities
+                    gap = max(gap, np.abs(rows.astype(np.float64) - other_rows.astype(np.float64)).max())
+        if not same:
+            found.append(f"{name} differs, by at most {gap:.3g}")
+    return found
+
+
+def zip_rows(one: StoredTensor, other: StoredTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same rows of two tensors of one shape, of about BLOCK_BYTES at a time."""
+    left = blocks(other)
+    pending = np.empty((0, *other.shape[1:]), other.dtype)
+    for block in blocks(one):
+        while len(pending) < len(block):
+            pending = np.concatenate([pending, next(left)]) if len(pending) else next(left)
+        yield block, pending[: len(block)]
+        pending = pending[len(block) :]
