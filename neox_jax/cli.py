@@ -14,6 +14,7 @@ import neox_jax
 from neox_jax.errors import InputError
 
 EXIT_BAD_INPUT, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 75, 143
+MAX_SHARED = 10  # lines of parts that revisions share
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
@@ -111,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor-parallel", type=int, default=1, metavar="N", help="with --to neox: into how many parts")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
+
+    add = verb(
+        "revisions", _revisions, "Name revisions of a model that hold the same weights; nothing is downloaded."
+    ).add_argument
+    add("models", nargs="+", metavar="MODEL", help="a hub id, for all of its revisions; or folders, for all in them")
+    add("--json", action="store_true", help="print JSON")
 
     add = verb("tokenize", _tokenize, "Turn text into the .bin and .idx files that training reads.").add_argument
     add("inputs", nargs="+", metavar="INPUT", help=".txt (a document each), .jsonl, .jsonl.zst, or folders of them")
@@ -246,8 +253,7 @@ def _convert(args) -> int:
     except InputError as error:
         tokenizer = None
         print(f"without a tokenizer: {error}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # unwinds, and so removes what is half-written
-    with _byte_progress("converting") as progress:
+    with _unwound_by_sigterm(), _progress("converting", unit=10**6, name="MB") as progress:
         stored = source.convert(
             args.source,
             args.destination,
@@ -285,19 +291,54 @@ def _verify(args) -> int:
     return EXIT_BAD_INPUT if problems or differences else 0
 
 
+def _revisions(args) -> int:
+    from neox_jax.convert.revisions import compare_revisions
+
+    with _progress("comparing", name="revisions") as progress:
+        compared = compare_revisions(args.models, progress=progress)
+    if compared.note:
+        print(compared.note, file=sys.stderr)
+    if args.json:
+        fields = {"revisions": compared.weights, "identical": compared.identical()}
+        print(json.dumps({**fields, "shared": [{"part": part, "in": names} for part, names in compared.shared()]}))
+        return 0
+    empty = [name for name, parts in compared.weights.items() if not parts]
+    if empty:
+        print(f"without weights: {', '.join(empty)}")
+    for names in compared.identical():
+        print(f"identical ({len(names)}): {', '.join(names)}")
+    shared = compared.shared()
+    for part, names in shared[:MAX_SHARED]:
+        print(f"{part} is the same in {', '.join(names)}, which otherwise differ")
+    if len(shared) > MAX_SHARED:
+        print(f"and {len(shared) - MAX_SHARED} more parts that revisions share (--json names them)")
+    print(f"{len(compared.weights)} revisions, {compared.num_different()} different weights")
+    return 0
+
+
 @contextlib.contextmanager
-def _byte_progress(what: str):
-    """Gives a function of (bytes done, bytes in all), which draws a bar where stderr is a terminal."""
+def _unwound_by_sigterm():
+    """A SIGTERM ends the process as Ctrl-C does, so that what is half-written is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _progress(what: str, *, unit: int = 1, name: str = ""):
+    """Gives a function of (done, in all), which draws a bar in such units where stderr is a terminal."""
     from neox_jax.metrics import Progress
 
     start, bar = time.perf_counter(), None
 
-    def report(bytes_done: int, bytes_total: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal bar
         if sys.stderr.isatty():
-            bar = bar or Progress(what, total=-(-bytes_total // 10**6))
-            rate = bytes_done / 1e6 / (time.perf_counter() - start)
-            bar.update(-(-bytes_done // 10**6), f"MB  {rate:.1f} MB/s")
+            bar = bar or Progress(what, total=-(-total // unit))
+            rate = done / unit / (time.perf_counter() - start)
+            bar.update(-(-done // unit), f"{name}  {rate:.1f} {name}/s")
 
     try:
         yield report
@@ -310,7 +351,7 @@ def _tokenize(args) -> int:
     from neox_jax.data.tokenize import tokenize_files
     from neox_jax.tokenizer import Tokenizer
 
-    with _byte_progress("tokenizing") as progress:
+    with _progress("tokenizing", unit=10**6, name="MB") as progress:
         summary = tokenize_files(
             args.inputs,
             tokenizer=Tokenizer.from_file(args.tokenizer),

@@ -11,12 +11,12 @@ import pytest
 import neox_jax
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
-from neox_jax.convert.torch_files import open_torch_file, save_torch_file
+from neox_jax.convert.torch_files import read_torch_file, save_torch_file
 from neox_jax.model import init_model
 from neox_jax.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("train", "generate", "eval", "convert", "tokenize", "train-tokenizer", "corpus", "bench")
+VERBS = ("train", "generate", "eval", "convert", "revisions", "tokenize", "train-tokenizer", "corpus", "bench")
 TEXT = (ROOT / "neox_jax" / "model.py").read_text(encoding="utf-8")
 
 
@@ -155,7 +155,7 @@ def test_convert_says_how_far_ranks_drifted(work, tmp_path, capsys):
     assert main(["convert", str(work / "model"), str(tmp_path / "neox"), "--to", "neox", "--tensor-parallel", "2"]) == 0
     assert "differ between ranks" not in capsys.readouterr().out
     path = next((tmp_path / "neox").glob("global_step*/layer_03-model_01-model_states.pt"))
-    tree = {name: tensor.read() for name, tensor in open_torch_file(path).tree.items()}
+    tree = {name: tensor.read() for name, tensor in read_torch_file(path).items()}
     tree["input_layernorm.weight"] = tree["input_layernorm.weight"] + np.float32(0.25)
     save_torch_file(path, tree)
     assert main(["convert", str(tmp_path / "neox"), str(tmp_path / "back"), "--to", "hf"]) == 0

@@ -4,6 +4,7 @@
 an optimizer is the same layout at step 0. `meta` makes each step readable by itself: the model's configuration.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 from pathlib import Path
@@ -82,15 +83,27 @@ def save_params(params, folder: Path, model: ModelConfig) -> None:
     """Writes parameters alone, a tree of `StreamedArray`s, as step 0 under `folder`."""
     path = (Path(folder) / STEPS_FOLDER).absolute()
     streamed = StreamedHandler()
-    handlers = {"params": params_handler(streamed), "meta": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(path, item_handlers=handlers) as manager:
-        items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(_meta(model, params))}
-        try:
+
+    def save() -> None:
+        handlers = {"params": params_handler(streamed), "meta": ocp.JsonCheckpointHandler()}
+        # Not in the background: what goes wrong there is printed as a traceback before anybody can catch it.
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        with ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
+            items = {"params": ocp.args.PyTreeSave(params), "meta": ocp.args.JsonSave(_meta(model, params))}
             manager.save(0, args=ocp.args.Composite(**items), force=True)
-            manager.wait_until_finished()
+
+    # In a thread, so that Ctrl-C comes here and not into Orbax, whose own threads would go on.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        future = thread.submit(save)
+        try:
+            future.result()
+        except Exception as error:
+            raise streamed.error or error from None
         except BaseException:
             streamed.cancelled.set()
             raise
+    if streamed.error is not None:
+        raise streamed.error
 
 
 def list_steps(folder: Path) -> list[int]:

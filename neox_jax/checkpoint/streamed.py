@@ -39,12 +39,13 @@ class StreamedArray:
 class StreamedHandler(ocp.type_handlers.NumpyHandler):
     """Writes a `StreamedArray` as Orbax writes a numpy array, but by parts, and one array after the other.
 
-    cancelled: set by whoever does not want the rest; Orbax writes in a thread of its own.
+    cancelled: set by whoever does not want the rest. error: what went wrong, for whoever waits for the save to raise:
+    raised here, it would leave Orbax with coroutines that nobody awaits.
     """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self.cancelled = threading.Event()
+        self.cancelled, self.error = threading.Event(), None
         self._one_at_a_time = asyncio.Lock()
 
     async def _open_and_write(self, value, tspec, ts_context):
@@ -52,11 +53,15 @@ class StreamedHandler(ocp.type_handlers.NumpyHandler):
         # Each file would be waited for on its own; whoever moves the finished folder to its place syncs all of it.
         context = ts.Context({"file_io_sync": False}, parent=ts_context)
         async with self._one_at_a_time:
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=context)
-            for index, part in value.parts():
-                if self.cancelled.is_set():
-                    raise InterruptedError("cancelled")
-                await array[index].write(part, can_reference_source_data_indefinitely=True)
+            try:
+                array = await ts.open(ts.Spec(tspec), create=True, open=True, context=context)
+                parts = value.parts()
+                while not self.cancelled.is_set() and (part := next(parts, None)) is not None:
+                    index, values = part
+                    await array[index].write(values, can_reference_source_data_indefinitely=True)
+            except Exception as error:
+                self.error = self.error or error
+                self.cancelled.set()
 
 
 def params_handler(streamed: StreamedHandler) -> ocp.PyTreeCheckpointHandler:

@@ -5,12 +5,15 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from neox_jax.errors import InputError
 
 SPARE_BYTES = 64 << 20  # beside the tensors: configuration, headers, indexes, and what a file system takes itself
+
+_PARTIAL = re.compile(r"\..+\.partial-\d+")
 
 
 def require_new(folder: Path) -> None:
@@ -47,20 +50,32 @@ def written_whole(folder: Path, num_bytes: int):
             sync(path)
         partial.rename(folder)  # onto an empty folder too
         sync(folder.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"{folder} cannot be written: {error.strerror}; nothing of it was kept") from error
+        reason = _full_disk(error)
+        if reason:
+            raise InputError(f"{folder} cannot be written: {reason}; nothing of it was kept") from error
         raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def _full_disk(error: BaseException) -> str:
+    """The system's words for it, where this error says that there is no more room; TensorStore's only quote them."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = os.strerror(code)
+        if getattr(error, "errno", None) == code or (isinstance(error, ValueError) and reason in str(error)):
+            return reason
+    return ""
 
 
 def find_partials(folder: Path) -> list[Path]:
     """What conversions to this folder have left that were killed, or are still at work."""
     folder = Path(os.path.abspath(folder))
     return sorted(folder.parent.glob(f".{folder.name}.partial-*")) if folder.parent.is_dir() else []
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is in a folder that `written_whole` has not finished."""
+    return any(_PARTIAL.fullmatch(part) for part in Path(os.path.abspath(path)).parts)
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps
 from neox_jax.config import check_choice
 from neox_jax.convert import hf, hub, neox, orbax
-from neox_jax.convert.files import written_whole
+from neox_jax.convert.files import is_partial, written_whole
 from neox_jax.convert.manifest import MANIFEST, Hashing
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
 from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, to_model
@@ -186,6 +186,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Pat
     if text and step.isdigit() and Path(text).is_dir():
         return "orbax", _run(Path(text), int(step))
     path = Path(source)
+    if is_partial(path):
+        raise InputError(f"{path} is of a conversion that was interrupted or is still at work; convert again")
     if path.is_dir():
         if (path / STEPS_FOLDER).is_dir():
             return "orbax", _run(path, None)
