@@ -11,15 +11,15 @@ import math
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from neox_jax.errors import InputError
 
 TANH_GELUS = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")  # one formula under three of Hugging Face's names
 ACTIVATIONS = ("gelu", *TANH_GELUS)
 DTYPES = ("float32", "bfloat16", "float16")
-TRAIN_DTYPES = ("float32", "bfloat16")  # float16 gradients would need a loss scale
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "dots", "save_attention")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 SCHEDULES = ("cosine_floor", "cosine", "linear", "constant")
 ORDERS = ("shuffled", "megatron", "sequential")
 
@@ -40,6 +40,10 @@ def check_positive(section: str, config: Any, *fields: str) -> None:
         value = getattr(config, field)
         if not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             raise InputError(f"{section}.{field} is {value!r}; it must be a whole number above 0")
+
+
+MAX_NUMBER = 2**31 - 1  # what an index of a dim can be
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,15 @@ class ModelConfig:
     init_method: str = "small_init"
     vocab_multiple: int = 1
 
+    _OURS: ClassVar = ("init_method", "vocab_multiple")  # Hugging Face's config has none of them
+
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) not in ((int, float) if field.type is float else (field.type,)):
+                raise InputError(f"model.{field.name} is {value!r:.80}; it must be {_KINDS[field.type]}")
+            if field.type in (int, float) and not abs(value) <= MAX_NUMBER:  # nor is NaN
+                raise InputError(f"model.{field.name} is {value!r:.80}; it must be at most {MAX_NUMBER}")
         check_positive("model", self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         check_positive("model", self, "intermediate_size", "max_position_embeddings", "vocab_multiple")
         check_choice("model.hidden_act", self.hidden_act, ACTIVATIONS)
@@ -137,9 +149,9 @@ class ModelConfig:
         """
         problems = []
         if hf.get("model_type") != "gpt_neox":
-            problems.append(f"model_type is {hf.get('model_type')!r}; only 'gpt_neox' is read here")
+            problems.append(f"model_type is {hf.get('model_type')!r:.80}; only 'gpt_neox' is read here")
         if hf.get("hidden_act", "gelu") not in ACTIVATIONS:
-            problems.append(f"hidden_act is {hf['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}")
+            problems.append(f"hidden_act is {hf['hidden_act']!r:.80}; known are {', '.join(ACTIVATIONS)}")
         problems += [
             f"{key} is set: this is not a plain GPT-NeoX" for key in ("auto_map", "quantization_config") if hf.get(key)
         ]
@@ -147,13 +159,14 @@ class ModelConfig:
         for spelling in (rope, hf.get("rope_scaling") or {}):
             rope_type = spelling.get("rope_type") or spelling.get("type") or "default"
             if rope_type != "default":
-                problems.append(f"rotary scaling {rope_type!r} is not supported; only plain rotary embedding is")
+                problems.append(f"rotary scaling {rope_type!r:.80} is not supported; only plain rotary embedding is")
         heads = hf.get("num_attention_heads", cls.num_attention_heads)
         if hf.get("num_key_value_heads", heads) != heads:
             problems.append("num_key_value_heads differs from num_attention_heads: grouped queries are not GPT-NeoX")
         if problems:
             raise InputError("config.json: " + "; ".join(problems))
-        values = {f.name: hf[f.name] for f in dataclasses.fields(cls) if hf.get(f.name) is not None}
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in cls._OURS]
+        values = {name: hf[name] for name in names if hf.get(name) is not None}
         values.setdefault("eos_token_id", 2)  # transformers' own default for a config.json that leaves it out
         if "partial_rotary_factor" in rope:
             values["rotary_pct"] = rope["partial_rotary_factor"]
@@ -163,8 +176,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict:
         """The dict of a config.json that transformers 4 and 5 both read (both spellings of the rotary fields)."""
-        ours = {"init_method", "vocab_multiple"}
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in self._OURS}
         return {
             "architectures": ["GPTNeoXForCausalLM"],
             "model_type": "gpt_neox",
@@ -219,8 +231,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """batch_size: sequences a step over all hosts. microbatches: the step is divided into so many, accumulated in
-    float32. dtype: of the computation; master weights are float32. seed initialises the parameters."""
+    """batch_size: sequences a step over all hosts. microbatches: the step is divided into so many; with mesh.pipe above
+    1 they fill the pipeline, else their gradients are summed in float32. dtype: of the computation; master weights are
+    float32, and float16 has NeoX's dynamic loss scale. remat: what of a layer is kept for the backward pass: all
+    (none), nothing (full), matrix products (dots), or attention's output (save_attention). attention: which
+    implementation; auto is splash on TPU, cudnn on GPU in 16 bits, else xla. seed initialises the parameters."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -229,11 +244,13 @@ class TrainConfig:
     seed: int = 1234
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         check_positive("train", self, "steps", "batch_size", "seq_length", "microbatches")
-        check_choice("train.dtype", self.dtype, TRAIN_DTYPES)
+        check_choice("train.dtype", self.dtype, DTYPES)
         check_choice("train.remat", self.remat, REMAT_POLICIES)
+        check_choice("train.attention", self.attention, ATTENTION_BACKENDS)
         if self.batch_size % self.microbatches:
             raise InputError(
                 f"train.batch_size {self.batch_size} does not divide into train.microbatches {self.microbatches}; "

@@ -65,7 +65,5 @@ def score_text(model: NeoX, tokenizer: Tokenizer, text: str, *, seq_length: int 
 @jax.jit
 def _batch_nats(model: NeoX, inputs_BT, targets_BT, weights_BT) -> jax.Array:
     hidden_BTD = model.hidden(jnp.asarray(inputs_BT))
-    num_shards = 1 if model.mesh is None else model.mesh.size
-    return cross_entropy_sum(
-        hidden_BTD, model.head, targets_BT, weights_BT, vocab_size=model.config.vocab_size, num_shards=num_shards
-    )
+    vocab_size = model.config.vocab_size
+    return cross_entropy_sum(hidden_BTD, model.head, targets_BT, weights_BT, vocab_size=vocab_size, mesh=model.mesh)

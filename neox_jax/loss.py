@@ -1,14 +1,18 @@
 """Cross-entropy of the output head, without ever holding all logits.
 
-SHAPES  B batch  T length  D model  V vocab (padded)
+SHAPES  B batch  T length  D model  V vocab (padded)  G groups of rows  Q groups of positions  C positions of a chunk
+Rows in a group, and positions in a group, are on the same devices; a chunk takes a part of every group, so that no
+device waits for another's chunk.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from neox_jax.attention import NEGATIVE
+from neox_jax.sharding import RULES, constrain
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits a chunk and device; 32 to 128 MiB measured alike on CPU
 
@@ -20,50 +24,69 @@ def cross_entropy_sum(
     weights_BT: jax.Array,
     *,
     vocab_size: int,
-    num_shards: int = 1,
+    mesh=None,
 ) -> jax.Array:
     """The weighted sum of -log p(target), in nats: float32, whatever the inputs' dtype.
 
-    hidden: the final LayerNorm's output; head: rows beyond vocab_size take no part; num_shards: over how many devices
-    the logits spread. Logits exist for a chunk of positions at a time, and where gradients are asked for they are made
-    in the same pass, so that nothing is computed twice. Forward-mode differentiation is not defined.
+    hidden: the final LayerNorm's output; head: rows beyond vocab_size take no part. Logits exist for a chunk of
+    positions at a time, and where gradients are asked for they are made in the same pass, so that nothing is computed
+    twice. Forward-mode differentiation is not defined.
     Shapes: hidden [B,T,D], head [V,D], targets [B,T] integers, weights [B,T] float32 -> [].
     """
     batch, length, _ = hidden_BTD.shape
-    wanted = 4 * batch * length * head_VD.shape[0] // (CHUNK_BYTES * num_shards) + 1
-    chunks = next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
-    return _cross_entropy_sum(vocab_size, chunks, hidden_BTD, head_VD, targets_BT, weights_BT)
+    row_groups, position_groups = _groups(mesh, "batch", batch), _groups(mesh, "head_positions", length)
+    num_devices = 1 if mesh is None else mesh.size
+    per_group = length // position_groups
+    wanted = 4 * batch * length * head_VD.shape[0] // (CHUNK_BYTES * num_devices) + 1
+    chunks = next(n for n in range(min(wanted, per_group), per_group + 1) if per_group % n == 0)
+    layout = (chunks, row_groups, position_groups, mesh)
+    return _cross_entropy_sum(vocab_size, layout, hidden_BTD, head_VD, targets_BT, weights_BT)
+
+
+def _groups(mesh, logical: str, size: int) -> int:
+    """Over how many devices the mesh spreads a dim of this logical axis."""
+    parts = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES[logical])
+    return parts if size % parts == 0 else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy_sum(vocab_size, chunks, hidden, head, targets, weights):
+def _cross_entropy_sum(vocab_size, layout, hidden, head, targets, weights):
     def body(total, chunk):
-        hidden_BCD, targets_BC, weights_BC = chunk
-        _, losses_BC = _chunk_losses(hidden_BCD, head, targets_BC, vocab_size)
-        return total + jnp.sum(losses_BC * weights_BC), None
+        hidden_GBQCD, targets_GBQC, weights_GBQC = chunk
+        _, losses_GBQC = _chunk_losses(hidden_GBQCD, head, targets_GBQC, vocab_size)
+        return total + jnp.sum(losses_GBQC * weights_GBQC), None
 
-    total, _ = jax.lax.scan(body, jnp.float32(0), _split(chunks, hidden, targets, weights))
+    total, _ = jax.lax.scan(body, jnp.float32(0), _split(layout, hidden, targets, weights))
     return total
 
 
-def _forward(vocab_size, chunks, hidden, head, targets, weights):
+def _forward(vocab_size, layout, hidden, head, targets, weights):
+    _, row_groups, _, mesh = layout
+    summed = ("batch" if row_groups > 1 else None, "vocab", "hidden")
+
     def body(carry, chunk):
-        total, head_gradient_VD = carry
-        hidden_BCD, targets_BC, weights_BC = chunk
-        probabilities_BCV, losses_BC = _chunk_losses(hidden_BCD, head, targets_BC, vocab_size)
-        is_target_BCV = jnp.arange(head.shape[0]) == targets_BC[..., None]
-        gradient_BCV = ((probabilities_BCV - is_target_BCV) * weights_BC[..., None]).astype(hidden.dtype)
-        hidden_gradient_BCD = jnp.einsum("BCV,VD->BCD", gradient_BCV, head.astype(hidden.dtype))
-        head_gradient_VD += jnp.einsum("BCV,BCD->VD", gradient_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(losses_BC * weights_BC), head_gradient_VD), hidden_gradient_BCD
+        total, head_gradient_GVD = carry
+        hidden_GBQCD, targets_GBQC, weights_GBQC = chunk
+        probabilities_GBQCV, losses_GBQC = _chunk_losses(hidden_GBQCD, head, targets_GBQC, vocab_size)
+        is_target_GBQCV = jnp.arange(head.shape[0]) == targets_GBQC[..., None]
+        gradient_GBQCV = ((probabilities_GBQCV - is_target_GBQCV) * weights_GBQC[..., None]).astype(hidden.dtype)
+        hidden_gradient = jnp.einsum("GBQCV,VD->GBQCD", gradient_GBQCV, head.astype(hidden.dtype))
+        # A sum for each group of rows: one over all of them would be reduced over the devices at every chunk.
+        head_gradient_GVD += jnp.einsum(
+            "GBQCV,GBQCD->GVD", gradient_GBQCV, hidden_GBQCD, preferred_element_type=jnp.float32
+        )
+        head_gradient_GVD = constrain(head_gradient_GVD, summed, mesh)
+        return (total + jnp.sum(losses_GBQC * weights_GBQC), head_gradient_GVD), hidden_gradient
 
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (total, head_gradient), hidden_gradients = jax.lax.scan(body, start, _split(chunks, hidden, targets, weights))
-    hidden_gradient = jnp.moveaxis(hidden_gradients, 0, 1).reshape(hidden.shape)
-    return total, (hidden_gradient, head_gradient.astype(head.dtype))
+    start = constrain(jnp.zeros((row_groups, *head.shape), jnp.float32), summed, mesh)
+    (total, head_gradient), gradients = jax.lax.scan(
+        body, (jnp.float32(0), start), _split(layout, hidden, targets, weights)
+    )
+    hidden_gradient = jnp.moveaxis(gradients, 0, 3).reshape(hidden.shape)
+    return total, (hidden_gradient, head_gradient.sum(axis=0).astype(head.dtype))
 
 
-def _backward(vocab_size, chunks, gradients, upstream):
+def _backward(vocab_size, layout, gradients, upstream):
     hidden_gradient, head_gradient = gradients
     return (
         (upstream * hidden_gradient).astype(hidden_gradient.dtype),
@@ -76,18 +99,25 @@ def _backward(vocab_size, chunks, gradients, upstream):
 _cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _split(chunks: int, *arrays):
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]: chunks of positions, so that the batch stays where it is sharded."""
-    return tuple(jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0) for x in arrays)
+def _split(layout, *arrays):
+    """[B, T, ...] -> [chunks, G, B/G, Q, C, ...]."""
+    chunks, row_groups, position_groups, mesh = layout
+
+    def split(x):
+        per_chunk = x.shape[1] // position_groups // chunks
+        grouped = x.reshape(row_groups, -1, position_groups, chunks, per_chunk, *x.shape[2:])
+        rows, positions = "batch" if row_groups > 1 else None, "head_positions" if position_groups > 1 else None
+        axes = (rows, None, positions, None, None, *(None,) * (x.ndim - 2))
+        return jnp.moveaxis(constrain(grouped, axes, mesh), 3, 0)
+
+    return tuple(map(split, arrays))
 
 
-def _chunk_losses(hidden_BCD, head_VD, targets_BC, vocab_size):
-    """Probabilities [B,C,V] and losses [B,C], float32."""
-    logits_BCV = jnp.einsum(
-        "BCD,VD->BCV", hidden_BCD, head_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32
-    )
+def _chunk_losses(hidden, head_VD, targets, vocab_size):
+    """Probabilities [..., V] and losses [...], float32. Shapes: hidden [..., D], targets [...]."""
+    logits = jnp.einsum("...D,VD->...V", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if head_VD.shape[0] != vocab_size:
-        logits_BCV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BCV, NEGATIVE)
-    log_normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return jnp.exp(logits_BCV - log_normaliser_BC[..., None]), log_normaliser_BC - target_BC
+        logits = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits, NEGATIVE)
+    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.exp(logits - log_normaliser[..., None]), log_normaliser - target

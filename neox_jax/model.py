@@ -16,12 +16,14 @@ from flax import nnx
 from neox_jax.attention import NEGATIVE, causal_attention
 from neox_jax.config import TANH_GELUS, ModelConfig
 from neox_jax.rotary import apply_rotary, rotary_tables
-from neox_jax.sharding import constrain, named_sharding
+from neox_jax.sharding import constrain, named_sharding, positions_axis
 from neox_jax.tree import map_named
 
+ATTENTION = "attention"
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -59,13 +61,16 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(zeros, logical=("layers", *axes)) if bias else None
         self.num_inputs = len(inputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mesh) -> jax.Array:
         kernel = self.kernel[...]
         inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
-        # One plain matrix product: with B and T as two dims, XLA's CPU backward pass takes twice as long.
-        x_2d = x.reshape(-1, math.prod(inputs))
-        y_2d = x_2d @ kernel.astype(x.dtype).reshape(math.prod(inputs), math.prod(outputs))
-        y = y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
+        if mesh is not None and mesh.shape.get("seq", 1) > 1:  # batch and positions are sharded each for itself
+            y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.num_inputs)
+        else:
+            # One plain matrix product: with B and T as two dims, XLA's CPU backward pass takes twice as long.
+            x_2d = x.reshape(-1, math.prod(inputs))
+            y_2d = x_2d @ kernel.astype(x.dtype).reshape(math.prod(inputs), math.prod(outputs))
+            y = y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -85,10 +90,11 @@ class Attention(nnx.Module):
         self.dense = Linear(layers, {"heads": heads, "head_dim": head_dim}, {"embed": d}, std=output_std, **options)
 
     def __call__(self, x_BTD, tables, attend: Attend, mesh):
-        qkv_BTNCH = self.query_key_value(x_BTD)
-        q, k, v = (constrain(qkv_BTNCH[..., i, :], ("batch", "length", "heads", "head_dim"), mesh) for i in range(3))
+        qkv_BTNCH = self.query_key_value(x_BTD, mesh)
+        axes = ("batch", _positions(x_BTD, mesh), "heads", "head_dim")
+        q, k, v = (constrain(qkv_BTNCH[..., i, :], axes, mesh) for i in range(3))
         q, k = apply_rotary(q, tables), apply_rotary(k, tables)
-        return self.dense(attend(q, k, v)), (k, v)
+        return self.dense(attend(q, k, v), mesh), (k, v)
 
 
 class MLP(nnx.Module):
@@ -102,8 +108,8 @@ class MLP(nnx.Module):
         self.dense_4h_to_h = Linear(layers, {"mlp": f}, {"embed": d}, std=output_std, **options)
 
     def __call__(self, x_BTD: jax.Array, mesh) -> jax.Array:
-        hidden_BTF = jax.nn.gelu(self.dense_h_to_4h(x_BTD), approximate=self.approximate)
-        return self.dense_4h_to_h(constrain(hidden_BTF, ("batch", "length", "mlp"), mesh))
+        hidden_BTF = jax.nn.gelu(self.dense_h_to_4h(x_BTD, mesh), approximate=self.approximate)
+        return self.dense_4h_to_h(constrain(hidden_BTF, ("batch", _positions(x_BTD, mesh), "mlp"), mesh), mesh)
 
 
 class Layer(nnx.Module):
@@ -123,14 +129,44 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, std, output_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD, tables, attend: Attend, mesh):
-        """Shapes: x [B,T,D] -> (x [B,T,D], (rotated keys, values) [B,T,N,H])."""
-        attended, keys_values = self.attention(self.input_layernorm(x_BTD), tables, attend, mesh)
+        """Shapes: x [B,T,D] -> (x [B,T,D], (rotated keys, values) [B,T,N,H]).
+
+        Between layers the positions are sharded over `model` too. Here they are gathered once, before both norms (which
+        are cheaper than a second gather), and what the row-parallel products give is summed and scattered once.
+        """
+        whole_BTD = gather_positions(x_BTD, mesh)
+        attended, keys_values = self.attention(self.input_layernorm(whole_BTD), tables, attend, mesh)
         if self.parallel:
-            x_BTD = x_BTD + (attended + self.mlp(self.post_attention_layernorm(x_BTD), mesh))
+            x_BTD = x_BTD + scatter_positions(attended + self.mlp(self.post_attention_layernorm(whole_BTD), mesh), mesh)
         else:
-            x_BTD = x_BTD + attended
-            x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), mesh)
-        return constrain(x_BTD, ("batch", "length", "hidden"), mesh), keys_values
+            x_BTD = x_BTD + scatter_positions(attended, mesh)
+            mlp_input = self.post_attention_layernorm(gather_positions(x_BTD, mesh))
+            x_BTD = x_BTD + scatter_positions(self.mlp(mlp_input, mesh), mesh)
+        return x_BTD, keys_values
+
+
+def _positions(x_BTD: jax.Array, mesh) -> str:
+    """The logical axis of the positions of activations inside a layer."""
+    return "length" if positions_axis(x_BTD.shape[1], mesh) == "length" else "sequence"
+
+
+def gather_positions(x_BTD: jax.Array, mesh) -> jax.Array:
+    return constrain(x_BTD, ("batch", _positions(x_BTD, mesh), "hidden"), mesh)
+
+
+def scatter_positions(x_BTD: jax.Array, mesh) -> jax.Array:
+    return constrain(x_BTD, ("batch", positions_axis(x_BTD.shape[1], mesh), "hidden"), mesh)
+
+
+def run_layers(layers: Layer, x_BTD: jax.Array, tables, attend: Attend, mesh, *, remat: str) -> jax.Array:
+    """All the layers of a stack, one after the other. Shapes: [B,T,D] -> [B,T,D]."""
+
+    def body(x_BTD, layer):
+        return layer(x_BTD, tables, attend, mesh)[0], None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x_BTD, layers)[0]
 
 
 class Embedding(nnx.Module):
@@ -177,7 +213,7 @@ class NeoX(nnx.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Shapes: [B,T] -> [B,T,D]."""
         table_VD = constrain(self.embed_in.embedding[...], ("vocab", "hidden"), self.mesh)  # gathered over fsdp
-        return constrain(table_VD[tokens_BT], ("batch", "length", "hidden"), self.mesh)
+        return scatter_positions(table_VD[tokens_BT], self.mesh)
 
     def rotary_tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         config = self.config
@@ -188,14 +224,8 @@ class NeoX(nnx.Module):
         """The final LayerNorm's output, what the head is applied to. Shapes: [B,T] -> [B,T,D]."""
         tables = self.rotary_tables(jnp.arange(tokens_BT.shape[1]) if positions is None else positions)
         attend = functools.partial(causal_attention, segment_ids_BT=segment_ids)
-
-        def body(x_BTD, layer):
-            return layer(x_BTD, tables, attend, self.mesh)[0], None
-
-        if remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(body, self.embed(tokens_BT), self.layers)
-        return self.final_layer_norm(x_BTD)
+        x_BTD = run_layers(self.layers, self.embed(tokens_BT), tables, attend, self.mesh, remat=remat)
+        return self.final_layer_norm(gather_positions(x_BTD, self.mesh))
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Shapes: [..., D] -> logits [..., V] float32."""

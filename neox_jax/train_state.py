@@ -9,19 +9,62 @@ from flax import nnx, struct
 
 from neox_jax.config import ModelConfig
 from neox_jax.model import NeoX, abstract_model, init_model
-from neox_jax.sharding import replicated
+from neox_jax.sharding import replicated, spread
+
+
+@struct.dataclass
+class LossScale:
+    """What float16 gradients are multiplied by, so that small ones do not vanish; every field is a scalar.
+
+    scale: float32. hysteresis: how many overflows are borne before it is halved. attempts: so far; last_overflow: the
+    attempt at which the last one was.
+    """
+
+    scale: jax.Array
+    hysteresis: jax.Array
+    attempts: jax.Array
+    last_overflow: jax.Array
+
+
+SCALE_START, SCALE_MIN, SCALE_WINDOW, HYSTERESIS = 2.0**12, 1.0, 1000, 2  # GPT-NeoX's settings for 20B and Pythia
+
+
+def init_loss_scale() -> LossScale:
+    return LossScale(jnp.float32(SCALE_START), jnp.int32(HYSTERESIS), jnp.int32(0), jnp.int32(-1))
+
+
+def update_loss_scale(state: LossScale, finite: jax.Array) -> LossScale:
+    """The rule of DeepSpeed's DynamicLossScaler.
+
+    An overflow halves the scale, down to SCALE_MIN, once HYSTERESIS of them have been; SCALE_WINDOW attempts after the
+    last one the scale doubles and the hysteresis is full again.
+    """
+    halved = jnp.maximum(state.scale / 2, SCALE_MIN)
+    borne = state.hysteresis > 1
+    window = (state.attempts - state.last_overflow) % SCALE_WINDOW == 0
+    return LossScale(
+        scale=jnp.where(finite, jnp.where(window, state.scale * 2, state.scale), jnp.where(borne, state.scale, halved)),
+        hysteresis=jnp.where(
+            finite,
+            jnp.where(window, HYSTERESIS, state.hysteresis),
+            jnp.where(borne, state.hysteresis - 1, state.hysteresis),
+        ),
+        attempts=state.attempts + 1,
+        last_overflow=jnp.where(finite, state.last_overflow, state.attempts),
+    )
 
 
 @struct.dataclass
 class TrainState:
     """params: pure dict of float32 master weights; step: attempts so far, skipped ones included, int32 [].
 
-    Completed updates are the optimizer state's own count; the schedule follows that.
+    Completed updates are the optimizer state's own count; the schedule follows that. loss_scale: in float16 training.
     """
 
     step: jax.Array
     params: dict
     optimizer_state: Any
+    loss_scale: LossScale | None = None
 
 
 def pure_params(model: NeoX) -> dict:
@@ -29,32 +72,54 @@ def pure_params(model: NeoX) -> dict:
     return nnx.to_pure_dict(nnx.split(model)[1])
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh) -> TrainState:
-    """The state's shapes, dtypes and shardings. Each moment lives where its parameter does.
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh, *, dtype: str = "float32"
+) -> TrainState:
+    """The state's shapes, dtypes and shardings. Each moment lives where its parameter does, and is cut over the
+    replicas too (`data`): ZeRO-1. dtype: of the computation.
 
     Raises: InputError if a dim does not divide over the mesh.
     """
     params = pure_params(abstract_model(config, mesh=mesh))
     optimizer_state = optax.tree_map_params(
         optimizer,
-        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        lambda moment, param: jax.ShapeDtypeStruct(
+            moment.shape, moment.dtype, sharding=spread(param.sharding, moment.shape, "data")
+        ),
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return TrainState(step=step, params=params, optimizer_state=optimizer_state)
+    loss_scale = None
+    if dtype == "float16":
+        loss_scale = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+            jax.eval_shape(init_loss_scale),
+        )
+    return TrainState(step=step, params=params, optimizer_state=optimizer_state, loss_scale=loss_scale)
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh, *, seed: int, params: dict | None = None
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    *,
+    seed: int,
+    params: dict | None = None,
+    dtype: str = "float32",
 ) -> TrainState:
     """A state at step 0, made on the mesh; `params` (in the mesh's shardings) replaces the initialisation."""
     if params is None:
         params = pure_params(init_model(config, seed=seed, mesh=mesh))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh, dtype=dtype))
     make = jax.jit(
-        lambda params: TrainState(step=jnp.int32(0), params=params, optimizer_state=optimizer.init(params)),
+        lambda params: TrainState(
+            step=jnp.int32(0),
+            params=params,
+            optimizer_state=optimizer.init(params),
+            loss_scale=init_loss_scale() if dtype == "float16" else None,
+        ),
         out_shardings=shardings,
     )
     return make(params)

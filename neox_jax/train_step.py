@@ -11,11 +11,13 @@ import optax
 from flax import nnx
 
 from neox_jax.config import Config, ModelConfig
+from neox_jax.errors import InputError
 from neox_jax.loss import cross_entropy_sum
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.optimizer import num_updates
-from neox_jax.sharding import constrain
-from neox_jax.train_state import TrainState
+from neox_jax.pipeline import pipelined_hidden
+from neox_jax.sharding import AXES, constrain
+from neox_jax.train_state import TrainState, update_loss_scale
 from neox_jax.tree import is_decayed, map_named
 
 
@@ -24,19 +26,52 @@ def cast_kernels(params, dtype):
     return map_named(lambda name, leaf: leaf.astype(dtype) if is_decayed(name) else leaf, params)
 
 
-def next_token_loss(model: NeoX, tokens: jax.Array, *, remat: str = "none") -> jax.Array:
-    """The mean loss in nats of predicting tokens [B, T + 1] from those before them. Shapes: [B,T+1] -> []."""
+def next_token_loss(
+    model: NeoX, tokens: jax.Array, segment_ids: jax.Array | None = None, *, remat: str = "none"
+) -> jax.Array:
+    """The mean loss in nats of predicting tokens [B, T + 1] from those before them.
+
+    segment_ids: of the documents; a token sees those of its own document only.
+    Shapes: tokens [B,T+1], segment_ids [B,T+1] or None -> [].
+    """
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-    hidden_BTD = model.hidden(constrain(inputs_BT, ("batch", "length"), model.mesh), remat=remat)
-    total = cross_entropy_sum(
-        hidden_BTD,
-        model.head,
-        targets_BT,
-        jnp.ones(targets_BT.shape, jnp.float32),
-        vocab_size=model.config.vocab_size,
-        num_shards=1 if model.mesh is None else model.mesh.size,
+    segment_ids_BT = None if segment_ids is None else segment_ids[:, :-1]
+    inputs_BT = constrain(inputs_BT, ("batch", "length"), model.mesh)
+    hidden_BTD = model.hidden(inputs_BT, segment_ids=segment_ids_BT, remat=remat)
+    return _head_loss(hidden_BTD, model.head, targets_BT, model) / targets_BT.size
+
+
+def pipelined_loss(
+    model: NeoX, params: dict, tokens_MBT: jax.Array, segment_ids_MBT: jax.Array | None = None, *, dtype, remat: str
+) -> jax.Array:
+    """The same over microbatches that go through the pipeline together.
+
+    model: in the compute dtype; params: the master weights, of which layers and head are cast where they are used, so
+    that their gradients are summed over microbatches in float32. Shapes: [M,B,T+1] -> [].
+    """
+    targets_MBT = tokens_MBT[..., 1:]
+    master = nnx.merge(nnx.split(model)[0], params)
+    hidden_MBTD = pipelined_hidden(
+        model,
+        master.layers,
+        tokens_MBT[..., :-1],
+        None if segment_ids_MBT is None else segment_ids_MBT[..., :-1],
+        cast=lambda layers: cast_kernels(layers, dtype),
+        remat=remat,
     )
-    return total / targets_BT.size
+
+    def add(total, microbatch):
+        hidden_BTD, targets_BT = microbatch
+        return total + _head_loss(hidden_BTD, master.head, targets_BT, model), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0), (hidden_MBTD, targets_MBT))
+    return total / targets_MBT.size
+
+
+def _head_loss(hidden_BTD, head_VD, targets_BT, model: NeoX) -> jax.Array:
+    weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
+    vocab_size = model.config.vocab_size
+    return cross_entropy_sum(hidden_BTD, head_VD, targets_BT, weights_BT, vocab_size=vocab_size, mesh=model.mesh)
 
 
 def split_microbatches(tokens: jax.Array, microbatches: int, mesh) -> jax.Array:
@@ -48,34 +83,79 @@ def split_microbatches(tokens: jax.Array, microbatches: int, mesh) -> jax.Array:
     return constrain(split_MBT, (None, "batch", "length"), mesh)
 
 
-def accumulate_gradients(loss_fn, params, tokens: jax.Array, microbatches: int, mesh):
-    """Loss and float32 gradients, the batch divided into microbatches that are summed in float32."""
+def loss_and_gradients(
+    graphdef, params: dict, tokens, segment_ids=None, *, dtype, remat, microbatches, mesh, scale=None, pin=lambda x: x
+):
+    """Mean loss and float32 gradients of it; microbatches fill the pipeline, or are summed in float32 without one.
+
+    scale: the loss is multiplied by it before it is differentiated, and the gradients divided by it afterwards. pin:
+    puts a tree of gradients where it shall live. Shapes: tokens, segment_ids [B,T+1].
+    """
+    split = functools.partial(split_microbatches, microbatches=microbatches, mesh=mesh)
+    pipelined = mesh is not None and mesh.shape.get("pipe", 1) > 1
+
+    def loss_fn(params, tokens, segment_ids):
+        model = nnx.merge(graphdef, cast_kernels(params, dtype))
+        if pipelined:
+            segments = None if segment_ids is None else split(segment_ids)
+            loss = pipelined_loss(model, params, split(tokens), segments, dtype=dtype, remat=remat)
+        else:
+            loss = next_token_loss(model, tokens, segment_ids, remat=remat)
+        return loss if scale is None else loss * scale
+
     value_and_grad = jax.value_and_grad(loss_fn)
-    if microbatches == 1:
-        return value_and_grad(params, tokens)
+    if pipelined or microbatches == 1:
+        loss, gradients = value_and_grad(params, tokens, segment_ids)
+        total, divisor = (loss, pin(gradients)), 1
+    else:
 
-    def body(carry, tokens_BT):
-        return jax.tree.map(jnp.add, carry, value_and_grad(params, tokens_BT)), None
+        def body(carry, microbatch):
+            loss, gradients = value_and_grad(params, *microbatch)
+            return (carry[0] + loss, pin(jax.tree.map(jnp.add, carry[1], gradients))), None
 
-    zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    total, _ = jax.lax.scan(body, zeros, split_microbatches(tokens, microbatches, mesh))
-    return jax.tree.map(lambda x: x / microbatches, total)
+        zeros = (jnp.float32(0), pin(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)))
+        segments = None if segment_ids is None else split(segment_ids)
+        total, _ = jax.lax.scan(body, zeros, (split(tokens), segments))
+        divisor = microbatches
+    divisor = divisor if scale is None else divisor * scale
+    return jax.tree.map(lambda x: x / divisor, total)
 
 
 def train_step(
-    state: TrainState, tokens: jax.Array, *, graphdef, optimizer, schedule, dtype, remat, microbatches, mesh
+    state: TrainState,
+    tokens: jax.Array,
+    *,
+    graphdef,
+    optimizer,
+    schedule,
+    dtype,
+    remat,
+    microbatches,
+    mesh,
+    moment_shardings=None,
 ):
     """Applies one update, or none where the loss or the gradient norm is not finite.
 
     Shapes: tokens [B,T+1]. Metrics (float32 []): loss and grad_norm (before clipping) of this batch, learning_rate
-    used, skipped (0 or 1). A skipped step changes nothing but `step`: the schedule and every moment stay.
+    used, skipped (0 or 1). A skipped step changes nothing but `step`: the schedule and every moment stay. In float16
+    gradients that are not finite have overflowed: that is `overflowed`, not `skipped`, and lowers `loss_scale`.
+    moment_shardings: where the optimizer's moments live, and so where gradients are summed to.
     """
 
-    def loss_fn(params, tokens):
-        model = nnx.merge(graphdef, cast_kernels(params, dtype))
-        return next_token_loss(model, tokens, remat=remat)
+    def pin(gradients):
+        return gradients if moment_shardings is None else jax.lax.with_sharding_constraint(gradients, moment_shardings)
 
-    loss, gradients = accumulate_gradients(loss_fn, state.params, tokens, microbatches, mesh)
+    loss, gradients = loss_and_gradients(
+        graphdef,
+        state.params,
+        tokens,
+        dtype=dtype,
+        remat=remat,
+        microbatches=microbatches,
+        mesh=mesh,
+        scale=None if state.loss_scale is None else state.loss_scale.scale,
+        pin=pin,
+    )
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
@@ -83,17 +163,27 @@ def train_step(
     params, optimizer_state = jax.tree.map(
         functools.partial(jnp.where, finite), new, (state.params, state.optimizer_state)
     )
+    not_applied = 1 - finite.astype(jnp.int32)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
         "learning_rate": schedule(num_updates(state.optimizer_state)),
-        "skipped": 1 - finite.astype(jnp.int32),
+        "skipped": not_applied,
     }
-    return TrainState(step=state.step + 1, params=params, optimizer_state=optimizer_state), metrics
+    loss_scale = None
+    if state.loss_scale is not None:
+        loss_scale = update_loss_scale(state.loss_scale, finite)
+        metrics |= {"skipped": jnp.int32(0), "overflowed": not_applied, "loss_scale": state.loss_scale.scale}
+    state = TrainState(step=state.step + 1, params=params, optimizer_state=optimizer_state, loss_scale=loss_scale)
+    return state, metrics
 
 
 def make_train_step(config: Config, *, optimizer, schedule, mesh, state_shardings):
-    """Jits `train_step` for a run: the state donated and kept where it lives."""
+    """Jits `train_step` for a run: the state donated and kept where it lives.
+
+    Raises: InputError where the run does not fit the mesh.
+    """
+    check_fits(config, mesh)
     step = functools.partial(
         train_step,
         graphdef=model_graph(config.model, mesh),
@@ -103,6 +193,7 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
         remat=config.train.remat,
         microbatches=config.train.microbatches,
         mesh=mesh,
+        moment_shardings=optax.tree.get(state_shardings.optimizer_state, "mu"),
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
@@ -114,9 +205,37 @@ def make_eval_step(config: Config, *, mesh):
     def eval_step(params, tokens):
         model = nnx.merge(graphdef, cast_kernels(params, dtype))
         split_MBT = split_microbatches(tokens, config.train.microbatches, mesh)
+        if mesh.shape["pipe"] > 1:
+            return pipelined_loss(model, params, split_MBT, dtype=dtype, remat="none")
         return jnp.mean(jax.lax.map(lambda tokens_BT: next_token_loss(model, tokens_BT), split_MBT))
 
     return jax.jit(eval_step)
+
+
+def check_fits(config: Config, mesh) -> None:
+    """Raises: InputError naming each size of the run that does not divide over the mesh, with the nearest that does."""
+    model, train = config.model, config.train
+    axes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
+    rows = axes["data"] * axes["fsdp"]
+    wanted = (
+        ("model.num_hidden_layers", model.num_hidden_layers, "mesh.pipe", axes["pipe"]),
+        ("model.num_attention_heads", model.num_attention_heads, "mesh.model", axes["model"]),
+        ("model.intermediate_size", model.intermediate_size, "mesh.model", axes["model"]),
+        ("model.hidden_size", model.hidden_size, "mesh.fsdp", axes["fsdp"]),
+        ("train.seq_length", train.seq_length, "mesh.seq", axes["seq"]),
+        ("train.batch_size", train.batch_size, "mesh.data x mesh.fsdp x train.microbatches", rows * train.microbatches),
+    )
+    problems = []
+    for field, size, over, parts in wanted:
+        if size % parts:
+            divisors = [n for n in range(1, size + 1) if size % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - parts))
+            up = -(-size // parts) * parts
+            problems.append(
+                f"{field} {size} does not divide over {over} = {parts}; try {nearest} there, or {field} {up}"
+            )
+    if problems:
+        raise InputError("; ".join(problems))
 
 
 def model_graph(config: ModelConfig, mesh):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -12,14 +13,23 @@ import optax
 import pytest
 from flax import nnx
 
+from neox_jax.checkpoint.manager import RunCheckpoints
 from neox_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from neox_jax.errors import InputError
 from neox_jax.loss import cross_entropy_sum
 from neox_jax.model import abstract_model, init_model, logical_axes
 from neox_jax.optimizer import make_optimizer, make_schedule, num_updates
-from neox_jax.sharding import constrain, make_mesh, named_sharding, partition_spec
-from neox_jax.train_state import abstract_state, init_state, pure_params
-from neox_jax.train_step import accumulate_gradients, make_train_step, next_token_loss
+from neox_jax.sharding import (
+    check_sharded,
+    constrain,
+    make_mesh,
+    named_sharding,
+    partition_spec,
+    report_sharding,
+)
+from neox_jax.train_state import abstract_state, init_loss_scale, init_state, pure_params, update_loss_scale
+from neox_jax.train_step import check_fits, make_train_step, next_token_loss
+from neox_jax.train_step import loss_and_gradients as step_gradients
 from neox_jax.tree import named_leaves, num_bytes
 
 TINY = ModelConfig.preset("tiny")
@@ -31,6 +41,16 @@ MESHES = {
     "fsdp=4 x model=2": {"fsdp": 4, "model": 2},
     "data=2 x fsdp=4": {"data": 2, "fsdp": 4},
     "data=2 x fsdp=2 x model=2": {"data": 2, "fsdp": 2, "model": 2},
+    "seq=8": {"seq": 8},
+    "seq=4 x data=2": {"seq": 4, "data": 2},
+    "seq=2 x model=4": {"seq": 2, "model": 4},
+    "seq=2 x fsdp=2 x model=2": {"seq": 2, "fsdp": 2, "model": 2},
+    "pipe=4": {"pipe": 4, "data": 2},
+    "pipe=2 x data=2 x model=2": {"pipe": 2, "data": 2, "model": 2},
+    "pipe=4 x fsdp=2": {"pipe": 4, "fsdp": 2},
+    "pipe=2 x fsdp=2 x model=2": {"pipe": 2, "fsdp": 2, "model": 2},
+    "pipe=2 x seq=2 x model=2": {"pipe": 2, "seq": 2, "model": 2},
+    "pipe=2 x seq=2 x fsdp=2": {"pipe": 2, "seq": 2, "fsdp": 2},
 }
 
 
@@ -117,24 +137,30 @@ def test_no_array_of_all_logits_at_20b():
 # --- meshes --------------------------------------------------------------------------------------------------------
 
 
+def some_documents(batch: int = 8, length: int = 32) -> np.ndarray:
+    """Segment ids of documents that begin anywhere, another place in each row."""
+    starts = np.random.default_rng(5).random((batch, length + 1)) < 0.15
+    return np.cumsum(starts, axis=1, dtype=np.int32)
+
+
 @functools.cache
-def loss_and_gradients(mesh_name: str, microbatches: int = 1, remat: str = "none"):
+def loss_and_gradients(mesh_name: str, microbatches: int = 1, remat: str = "none", documents: bool = False):
     sizes = MESHES.get(mesh_name)
     mesh = make_mesh(devices=jax.devices()[:1]) if sizes is None else make_mesh(**sizes)
     params = pure_params(init_model(TINY, seed=1, mesh=mesh))
     # A fresh model's biases are zero and its norms one: move them, so that a mistake in them shows.
     params = jax.tree.map(lambda x: x + 0.01 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
     graphdef = nnx.split(abstract_model(TINY, mesh=mesh))[0]
-    batch = jax.device_put(batch_of(3), named_sharding((8, 33), ("batch", "length"), mesh, "batch"))
-
-    def loss_fn(params, tokens):
-        return next_token_loss(nnx.merge(graphdef, params), tokens, remat=remat)
+    sharding = named_sharding((8, 33), ("batch", "length"), mesh, "batch")
+    batch = jax.device_put(batch_of(3), sharding)
+    segment_ids = jax.device_put(some_documents(), sharding) if documents else None
 
     @jax.jit
-    def both(params, tokens):
-        return accumulate_gradients(loss_fn, params, tokens, microbatches, mesh)
+    def both(params, tokens, segment_ids):
+        options = {"dtype": jnp.float32, "remat": remat, "microbatches": microbatches, "mesh": mesh}
+        return step_gradients(graphdef, params, tokens, segment_ids, **options)
 
-    loss, gradients = both(params, batch)
+    loss, gradients = both(params, batch, segment_ids)
     return float(loss), jax.device_get(named_leaves(gradients))
 
 
@@ -149,12 +175,21 @@ def assert_same(ours, wanted):
 
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_every_mesh_equals_one_device(mesh_name):
-    assert_same(loss_and_gradients(mesh_name), loss_and_gradients("one device"))
-
-
-@pytest.mark.parametrize(("mesh_name", "microbatches"), [("one device", 4), ("data=2 x fsdp=2 x model=2", 2)])
-def test_accumulation_equals_one_batch(mesh_name, microbatches):
+    microbatches = 4 if "pipe" in mesh_name else 1
     assert_same(loss_and_gradients(mesh_name, microbatches), loss_and_gradients("one device"))
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_every_mesh_equals_one_device_with_documents_and_accumulation(mesh_name):
+    wanted = loss_and_gradients("one device", documents=True)
+    assert wanted[0] != loss_and_gradients("one device")[0]
+    sizes = MESHES[mesh_name]
+    microbatches = min(2, 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1)))  # a row for each device
+    assert_same(loss_and_gradients(mesh_name, microbatches, "full", documents=True), wanted)
+
+
+def test_accumulation_equals_one_batch():
+    assert_same(loss_and_gradients("one device", 4), loss_and_gradients("one device"))
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -193,8 +228,7 @@ def test_where_parameters_live():
         ({"data": -1, "model": 3}, "or a multiple"),
         ({"data": -1, "fsdp": -1}, "at most one is -1"),
         ({"data": 0}, "above 0"),
-        ({"pipe": 2, "data": 4}, "set pipe=1"),
-        ({"seq": 2, "data": 4}, "set seq=1"),
+        ({"pipe": 3, "seq": -1}, r"mesh pipe=3 x seq=-1 is 3 devices or a multiple, but there are 8"),
     ],
 )
 def test_meshes_that_cannot_be(sizes, message):
@@ -222,7 +256,7 @@ def test_rules_are_checked():
 # --- the step ------------------------------------------------------------------------------------------------------
 
 
-def make_run(eps=1e-8, **train):
+def make_run(eps=1e-8, mesh=None, **train):
     defaults = {"steps": 20, "batch_size": 8, "seq_length": 32}
     config = Config(
         model=TINY,
@@ -231,15 +265,16 @@ def make_run(eps=1e-8, **train):
             learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2, schedule="cosine", eps=eps
         ),
     )
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = init_state(TINY, optimizer, mesh, seed=1)
+    dtype = config.train.dtype
+    state = init_state(TINY, optimizer, mesh, seed=1, dtype=dtype)
     step = make_train_step(
         config,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, config.train.steps),
         mesh=mesh,
-        state_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(TINY, optimizer, mesh)),
+        state_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(TINY, optimizer, mesh, dtype=dtype)),
     )
     return config, state, step
 
@@ -315,14 +350,148 @@ def test_one_compile_for_all_steps():
     assert step._cache_size() == 1
 
 
-def test_moments_live_with_their_parameters():
-    mesh = make_mesh(fsdp=2, model=4)
+def test_moments_live_with_their_parameters_and_are_cut_over_replicas():
+    """ZeRO-1: with data=2 a device holds half of what it holds of the parameters."""
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), 20)
-    state = init_state(TINY, optimizer, mesh, seed=1)
+    state = init_state(TINY, optimizer, make_mesh(fsdp=2, model=4), seed=1)
     adam = optax.tree.get(state.optimizer_state, "mu")
     for (name, moment), param in zip(named_leaves(adam).items(), jax.tree.leaves(state.params), strict=True):
         assert moment.sharding == param.sharding, name
     assert logical_axes(abstract_model(TINY)).keys() == named_leaves(state.params).keys()
+
+    state = init_state(TINY, optimizer, make_mesh(data=2, fsdp=2, model=2), seed=1)
+    for tree in ("mu", "nu"):
+        moments = named_leaves(optax.tree.get(state.optimizer_state, tree))
+        for (name, moment), param in zip(moments.items(), jax.tree.leaves(state.params), strict=True):
+            held, whole = (x.addressable_shards[0].data.size for x in (moment, param))
+            assert 2 * held == whole, (name, moment.sharding.spec, param.sharding.spec)
+
+
+def test_sharding_report_and_its_limit():
+    mesh = make_mesh(fsdp=2, model=4)
+    params = abstract_state(TINY, make_optimizer(OptimizerConfig(warmup_steps=2), 20), mesh).params
+    report = report_sharding(params)
+    assert [one.num_bytes for one in report] == sorted((one.num_bytes for one in report), reverse=True)
+    assert sum(one.num_bytes for one in report) == num_bytes(params)
+    by_name = {one.name: one for one in report}
+    kernel = by_name["layers.mlp.dense_h_to_4h.kernel"]
+    assert (kernel.device_bytes, tuple(kernel.spec)) == (kernel.num_bytes // 8, (None, "fsdp", "model"))
+    check_sharded(params, mesh)
+    narrow = dataclasses.replace(
+        TINY, hidden_size=16, num_attention_heads=4, intermediate_size=16, vocab_size=16, rotary_pct=0.5
+    )
+    params = pure_params(abstract_model(narrow, mesh=mesh))
+    with pytest.raises(InputError, match=r"5\.7% of the parameters' bytes are whole on every device \(most layers"):
+        check_sharded(params, mesh)
+    check_sharded(pure_params(abstract_model(narrow, mesh=make_mesh(data=8))), make_mesh(data=8))
+
+
+FITS = {
+    "layers": ({"pipe": 8}, {}, "model.num_hidden_layers 4 does not divide over mesh.pipe = 8; try 4 there"),
+    "heads": (
+        {"model": 8},
+        {"num_attention_heads": 4},
+        "model.num_attention_heads 4 does not divide over mesh.model = 8",
+    ),
+    "rows": (
+        {"data": 8},
+        {"batch_size": 12},
+        "train.batch_size 12 does not divide over mesh.data x mesh.fsdp x train.mi",
+    ),
+    "positions": (
+        {"seq": 8},
+        {"seq_length": 30},
+        "train.seq_length 30 does not divide over mesh.seq = 8; try 6 there, or",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_run_that_does_not_fit_its_mesh_is_refused(name):
+    sizes, fields, message = FITS[name]
+    train = {"batch_size": 8, "seq_length": 32, "steps": 2} | {k: v for k, v in fields.items() if "_heads" not in k}
+    model = dataclasses.replace(TINY, **{k: v for k, v in fields.items() if "_heads" in k})
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_fits(Config(model=model, train=TrainConfig(**train)), make_mesh(**sizes))
+
+
+@functools.cache
+def four_steps(mesh_name: str) -> list[float]:
+    sizes = MESHES.get(mesh_name)
+    mesh = make_mesh(devices=jax.devices()[:1]) if sizes is None else make_mesh(**sizes)
+    _, state, step = make_run(mesh=mesh, microbatches=2 if "pipe" in mesh_name else 1)
+    sharding = named_sharding((8, 33), ("batch", "length"), mesh, "batch")
+    losses = []
+    for n in range(4):
+        state, metrics = step(state, jax.device_put(batch_of(n), sharding))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_four_steps_are_the_same_on_every_mesh(mesh_name):
+    np.testing.assert_allclose(four_steps(mesh_name), four_steps("one device"), atol=1e-4)
+
+
+# --- float16 -------------------------------------------------------------------------------------------------------
+
+
+def test_loss_scale_follows_deepspeeds_rule():
+    """Against the rule written out in plain Python, over a run with overflows in every place that matters."""
+    overflows = {0, 1, 2, 5, 1006, 1007, 1008, *range(2100, 2140)}
+    state, update = init_loss_scale(), jax.jit(update_loss_scale)
+    scale, hysteresis, last = 4096.0, 2, -1
+    for n in range(3300):
+        state = update(state, jnp.bool_(n not in overflows))
+        if n in overflows:
+            if hysteresis == 1:
+                scale = max(scale / 2, 1.0)
+            else:
+                hysteresis -= 1
+            last = n
+        elif (n - last) % 1000 == 0:
+            hysteresis, scale = 2, scale * 2
+        assert (float(state.scale), int(state.hysteresis)) == (scale, hysteresis), n
+    assert scale == 2.0
+
+
+def test_float16_trains_as_float32_does():
+    _, state, step = make_run(dtype="float16")
+    _, wanted_state, wanted_step = make_run()
+    for n in range(4):
+        state, metrics = step(state, batch_of(n))
+        wanted_state, wanted = wanted_step(wanted_state, batch_of(n))
+        assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), abs=0.01)
+        assert float(metrics["grad_norm"]) == pytest.approx(float(wanted["grad_norm"]), rel=0.02)
+        assert (int(metrics["overflowed"]), float(metrics["loss_scale"])) == (0, 4096)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_an_overflow_in_float16_lowers_the_scale_and_changes_no_weight():
+    _, state, step = make_run(dtype="float16")
+    state, _ = step(state, batch_of(0))
+    state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2.0**30)))
+    before = jax.device_get(state)
+    for wanted in (2.0**30, 2.0**29):  # the first is borne, the second is not
+        state, metrics = step(state, batch_of(1))
+        assert (int(metrics["overflowed"]), int(metrics["skipped"])) == (1, 0)
+        assert float(state.loss_scale.scale) == wanted
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(num_updates(state.optimizer_state)) == 1
+
+
+def test_loss_scale_is_saved_and_restored(tmp_path):
+    config, state, step = make_run(dtype="float16")
+    state, _ = step(state, batch_of(0))
+    checkpoints = RunCheckpoints(tmp_path, config.checkpoint)
+    checkpoints.save(1, state, config.model, force=True)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    abstract = abstract_state(TINY, optimizer, make_mesh(devices=jax.devices()[:1]), dtype="float16")
+    checkpoints.close()
+    again = RunCheckpoints(tmp_path, config.checkpoint).restore(1, abstract)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_20b_is_the_same_code():

@@ -60,7 +60,7 @@ class RunCheckpoints:
             return False
         items = {
             "params": ocp.args.StandardSave(state.params, save_args=map_named(_save_args, state.params)),
-            "optimizer": ocp.args.StandardSave({"step": state.step, "state": state.optimizer_state}),
+            "optimizer": ocp.args.StandardSave(_besides_params(state)),
             "meta": ocp.args.JsonSave(_meta(model, state.params)),
         }
         return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
@@ -69,8 +69,8 @@ class RunCheckpoints:
         """The state at `step`, on the shardings of `abstract`. Raises: InputError if the trees differ."""
         folder = Path(self._manager.directory) / str(step)
         params = read_tree(folder / "params", abstract.params)
-        rest = read_tree(folder / "optimizer", {"step": abstract.step, "state": abstract.optimizer_state})
-        return TrainState(step=rest["step"], params=params, optimizer_state=rest["state"])
+        rest = read_tree(folder / "optimizer", _besides_params(abstract))
+        return TrainState(rest["step"], params, rest["state"], rest.get("loss_scale"))
 
     def close(self):
         """Waits for background saves and raises what went wrong in them."""
@@ -159,6 +159,11 @@ def _check_same(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> 
             problems.append(f"{name} is {found[name]}, wanted {wanted[name]}")
     if problems:
         raise InputError(f"{folder}: {'; '.join(sorted(problems))}")
+
+
+def _besides_params(state: TrainState) -> dict:
+    rest = {"step": state.step, "state": state.optimizer_state}
+    return rest if state.loss_scale is None else {**rest, "loss_scale": state.loss_scale}
 
 
 def _save_args(name: str, leaf) -> ocp.SaveArgs:
