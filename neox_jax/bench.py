@@ -39,20 +39,24 @@ def bench_train(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, st
     return _compute_bound(seconds, batch_size * seq_length, flops, dtype)
 
 
-def bench_step(model: NeoX, tokens: jax.Array, *, dtype: str):
-    """A function that runs one training step on tokens [B, T + 1] each time it is called, and waits for it."""
-    train = TrainConfig(steps=10**6, batch_size=tokens.shape[0], seq_length=tokens.shape[1] - 1, dtype=dtype)
+def bench_step(model: NeoX, tokens: jax.Array, *, dtype: str, **options):
+    """A function that runs one training step on tokens [B, T + 1] each time it is called, and waits for it.
+
+    options: more fields of TrainConfig, as remat and attention. The model's arrays may be given up once it is made.
+    """
+    shape = {"batch_size": tokens.shape[0], "seq_length": tokens.shape[1] - 1}
+    train = TrainConfig(steps=10**6, dtype=dtype, **shape, **options)
     config = Config(model=model.config, train=train)
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, train.steps)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), pure_params(model))
-    state = init_state(config.model, optimizer, mesh, seed=0, params=params)
+    state = init_state(config.model, optimizer, mesh, seed=0, params=params, dtype=dtype)
     step = make_train_step(
         config,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, train.steps),
         mesh=mesh,
-        state_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(config.model, optimizer, mesh)),
+        state_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(config.model, optimizer, mesh, dtype=dtype)),
     )
 
     def run():

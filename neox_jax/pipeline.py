@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from neox_jax.attention import causal_attention
-from neox_jax.model import Layer, NeoX, gather_positions, run_layers
+from neox_jax.model import REMAT_POLICIES, Layer, NeoX, gather_positions, run_layers, scatter_positions
 from neox_jax.sharding import constrain, positions_axis
 
 
@@ -37,8 +37,12 @@ def pipelined_hidden(
 
     def run_stage(layers, x_BTD, segment_ids_BT):
         attend = functools.partial(causal_attention, segment_ids_BT=segment_ids_BT)
-        return run_layers(cast(layers), x_BTD, tables, attend, mesh, remat=remat)
+        return run_layers(cast(layers), x_BTD, tables, attend, mesh, remat="none" if remat == "full" else remat)
 
+    if remat == "full":
+        # Of each microbatch a stage keeps what came in, and not what went into each of its layers: every microbatch of
+        # a step is in flight, which would be most of the memory.
+        run_stage = jax.checkpoint(run_stage, policy=REMAT_POLICIES[remat], prevent_cse=False)
     run_stages = jax.vmap(run_stage, spmd_axis_name="pipe")
 
     def iterate(carry, iteration):
@@ -48,7 +52,7 @@ def pipelined_hidden(
         if segment_ids_SBT is not None:
             segment_ids_SBT = jnp.roll(segment_ids_SBT, 1, axis=0).at[0].set(segment_ids_MBT[now])
         x_SBTD = _pin(run_stages(stages, x_SBTD, segment_ids_SBT), mesh)
-        return (x_SBTD, segment_ids_SBT), x_SBTD[-1]
+        return (x_SBTD, segment_ids_SBT), scatter_positions(x_SBTD[-1], mesh)
 
     embedded = jax.eval_shape(model.embed, tokens_MBT[0])
     start = _pin(jnp.zeros((num_stages, *embedded.shape), embedded.dtype), mesh)
