@@ -7,25 +7,22 @@ Source: GPT-NeoX-20B, arXiv:2204.06745; EleutherAI/gpt-neox; transformers' GPTNe
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neox_jax.attention import NEGATIVE, causal_attention
+from neox_jax.attention import NEGATIVE, Attend, default_backend, make_attend, save_attention
 from neox_jax.config import TANH_GELUS, ModelConfig
 from neox_jax.rotary import apply_rotary, rotary_tables
 from neox_jax.sharding import constrain, named_sharding, positions_axis
 from neox_jax.tree import map_named
 
-ATTENTION = "attention"
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "save_attention": save_attention,
 }
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class LayerNorm(nnx.Module):
@@ -220,10 +217,20 @@ class NeoX(nnx.Module):
         dtype = self.embed_in.embedding.dtype
         return rotary_tables(positions, base=config.rotary_emb_base, rotary_dim=config.rotary_dim, dtype=dtype)
 
-    def hidden(self, tokens_BT, *, segment_ids=None, positions=None, remat: str = "none") -> jax.Array:
+    def attend(self, backend: str = "auto") -> Attend:
+        """The attention of this name for this model's dtype, heads and devices (`attention.make_attend`)."""
+        if backend == "auto":
+            platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+            dtype = self.embed_in.embedding.dtype
+            backend = default_backend(platform, dtype=dtype, head_dim=self.config.head_dim)
+        return make_attend(backend, self.mesh)
+
+    def hidden(
+        self, tokens_BT, *, segment_ids=None, positions=None, remat: str = "none", attention: str = "auto"
+    ) -> jax.Array:
         """The final LayerNorm's output, what the head is applied to. Shapes: [B,T] -> [B,T,D]."""
         tables = self.rotary_tables(jnp.arange(tokens_BT.shape[1]) if positions is None else positions)
-        attend = functools.partial(causal_attention, segment_ids_BT=segment_ids)
+        attend = functools.partial(self.attend(attention), segment_ids_BT=segment_ids)
         x_BTD = run_layers(self.layers, self.embed(tokens_BT), tables, attend, self.mesh, remat=remat)
         return self.final_layer_norm(gather_positions(x_BTD, self.mesh))
 

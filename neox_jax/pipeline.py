@@ -12,7 +12,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from neox_jax.attention import causal_attention
 from neox_jax.model import REMAT_POLICIES, Layer, NeoX, gather_positions, run_layers, scatter_positions
 from neox_jax.sharding import constrain, positions_axis
 
@@ -23,7 +22,7 @@ def bubble(num_stages: int, microbatches: int) -> float:
 
 
 def pipelined_hidden(
-    model: NeoX, layers: Layer, tokens_MBT, segment_ids_MBT=None, *, cast: Callable, remat: str
+    model: NeoX, layers: Layer, tokens_MBT, segment_ids_MBT=None, *, cast: Callable, remat: str, attention: str
 ) -> jax.Array:
     """The final LayerNorm's output for each microbatch. Shapes: [M,B,T] -> [M,B,T,D].
 
@@ -36,7 +35,7 @@ def pipelined_hidden(
     stages = jax.tree.map(functools.partial(_split_stages, num_stages=num_stages), layers)
 
     def run_stage(layers, x_BTD, segment_ids_BT):
-        attend = functools.partial(causal_attention, segment_ids_BT=segment_ids_BT)
+        attend = functools.partial(model.attend(attention), segment_ids_BT=segment_ids_BT)
         return run_layers(cast(layers), x_BTD, tables, attend, mesh, remat="none" if remat == "full" else remat)
 
     if remat == "full":

@@ -27,7 +27,12 @@ def cast_kernels(params, dtype):
 
 
 def next_token_loss(
-    model: NeoX, tokens: jax.Array, segment_ids: jax.Array | None = None, *, remat: str = "none"
+    model: NeoX,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    remat: str = "none",
+    attention: str = "auto",
 ) -> jax.Array:
     """The mean loss in nats of predicting tokens [B, T + 1] from those before them.
 
@@ -37,12 +42,19 @@ def next_token_loss(
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     segment_ids_BT = None if segment_ids is None else segment_ids[:, :-1]
     inputs_BT = constrain(inputs_BT, ("batch", "length"), model.mesh)
-    hidden_BTD = model.hidden(inputs_BT, segment_ids=segment_ids_BT, remat=remat)
+    hidden_BTD = model.hidden(inputs_BT, segment_ids=segment_ids_BT, remat=remat, attention=attention)
     return _head_loss(hidden_BTD, model.head, targets_BT, model) / targets_BT.size
 
 
 def pipelined_loss(
-    model: NeoX, params: dict, tokens_MBT: jax.Array, segment_ids_MBT: jax.Array | None = None, *, dtype, remat: str
+    model: NeoX,
+    params: dict,
+    tokens_MBT: jax.Array,
+    segment_ids_MBT: jax.Array | None = None,
+    *,
+    dtype,
+    remat: str,
+    attention: str,
 ) -> jax.Array:
     """The same over microbatches that go through the pipeline together.
 
@@ -58,6 +70,7 @@ def pipelined_loss(
         None if segment_ids_MBT is None else segment_ids_MBT[..., :-1],
         cast=lambda layers: cast_kernels(layers, dtype),
         remat=remat,
+        attention=attention,
     )
 
     def add(total, microbatch):
@@ -84,7 +97,18 @@ def split_microbatches(tokens: jax.Array, microbatches: int, mesh) -> jax.Array:
 
 
 def loss_and_gradients(
-    graphdef, params: dict, tokens, segment_ids=None, *, dtype, remat, microbatches, mesh, scale=None, pin=lambda x: x
+    graphdef,
+    params: dict,
+    tokens,
+    segment_ids=None,
+    *,
+    dtype,
+    remat,
+    microbatches,
+    mesh,
+    attention="auto",
+    scale=None,
+    pin=lambda gradients: gradients,
 ):
     """Mean loss and float32 gradients of it; microbatches fill the pipeline, or are summed in float32 without one.
 
@@ -98,9 +122,9 @@ def loss_and_gradients(
         model = nnx.merge(graphdef, cast_kernels(params, dtype))
         if pipelined:
             segments = None if segment_ids is None else split(segment_ids)
-            loss = pipelined_loss(model, params, split(tokens), segments, dtype=dtype, remat=remat)
+            loss = pipelined_loss(model, params, split(tokens), segments, dtype=dtype, remat=remat, attention=attention)
         else:
-            loss = next_token_loss(model, tokens, segment_ids, remat=remat)
+            loss = next_token_loss(model, tokens, segment_ids, remat=remat, attention=attention)
         return loss if scale is None else loss * scale
 
     value_and_grad = jax.value_and_grad(loss_fn)
@@ -130,6 +154,7 @@ def train_step(
     schedule,
     dtype,
     remat,
+    attention,
     microbatches,
     mesh,
     moment_shardings=None,
@@ -151,6 +176,7 @@ def train_step(
         tokens,
         dtype=dtype,
         remat=remat,
+        attention=attention,
         microbatches=microbatches,
         mesh=mesh,
         scale=None if state.loss_scale is None else state.loss_scale.scale,
@@ -191,6 +217,7 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
         schedule=schedule,
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
+        attention=config.train.attention,
         microbatches=config.train.microbatches,
         mesh=mesh,
         moment_shardings=optax.tree.get(state_shardings.optimizer_state, "mu"),
@@ -201,13 +228,16 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
 def make_eval_step(config: Config, *, mesh):
     """Jits the loss alone: (params, tokens [B,T+1]) -> mean nats a token, float32 []."""
     graphdef, dtype = model_graph(config.model, mesh), jnp.dtype(config.train.dtype)
+    attention = config.train.attention
 
     def eval_step(params, tokens):
         model = nnx.merge(graphdef, cast_kernels(params, dtype))
         split_MBT = split_microbatches(tokens, config.train.microbatches, mesh)
         if mesh.shape["pipe"] > 1:
-            return pipelined_loss(model, params, split_MBT, dtype=dtype, remat="none")
-        return jnp.mean(jax.lax.map(lambda tokens_BT: next_token_loss(model, tokens_BT), split_MBT))
+            return pipelined_loss(model, params, split_MBT, dtype=dtype, remat="none", attention=attention)
+        return jnp.mean(
+            jax.lax.map(lambda tokens_BT: next_token_loss(model, tokens_BT, attention=attention), split_MBT)
+        )
 
     return jax.jit(eval_step)
 
