@@ -86,6 +86,11 @@ class ModelConfig:
                 raise InputError(f"model.{field.name} is {value!r:.80}; it must be at most {MAX_NUMBER}")
         check_positive("model", self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         check_positive("model", self, "intermediate_size", "max_position_embeddings", "vocab_multiple")
+        if not (self.rotary_emb_base > 0 and self.layer_norm_eps >= 0):
+            raise InputError(
+                f"model.rotary_emb_base is {self.rotary_emb_base} and layer_norm_eps {self.layer_norm_eps}; "
+                "the one must be above 0, the other not below"
+            )
         check_choice("model.hidden_act", self.hidden_act, ACTIVATIONS)
         check_choice("model.init_method", self.init_method, ("small_init", "normal"))
         if self.hidden_size % self.num_attention_heads:

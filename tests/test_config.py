@@ -1,6 +1,7 @@
 """Sizes against the published table, FLOPs, config files, overrides and what is refused."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,35 @@ def test_hf_dict_round_trip_and_both_spellings():
 def test_what_is_no_gpt_neox_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         ModelConfig.from_hf({**ModelConfig.preset("tiny").to_hf(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000; it must be at most 2147483647"),
+        ({"num_hidden_layers": 10**4000}, r"num_hidden_layers is 10{79}; it"),
+        ({"max_position_embeddings": True}, "max_position_embeddings is True; it must be a whole number"),
+        ({"eos_token_id": [0, 2]}, r"eos_token_id is \[0, 2\]; it must be a whole number"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'; it must be true or false"),
+        ({"use_parallel_residual": 1}, "use_parallel_residual is 1; it must be true or false"),
+        ({"layer_norm_eps": "1e-5"}, "layer_norm_eps is '1e-5'; it must be a number"),
+        ({"layer_norm_eps": math.nan}, "layer_norm_eps is nan; it must be at most"),
+        ({"layer_norm_eps": -1e-5}, "must be above 0, the other not below"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rotary_emb_base is 0 "),
+        ({"rope_parameters": {"partial_rotary_factor": math.inf}}, "rotary_pct is inf"),
+        ({"rope_parameters": {"partial_rotary_factor": [0.25]}}, "rotary_pct is .0.25.; it must be a number"),
+        ({"model_type": "x" * 10**6}, "model_type is 'x{79}; only"),
+        ({"hidden_act": ["gelu"]}, "hidden_act is .'gelu'.; known"),
+    ],
+)
+def test_values_that_no_model_has_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig.from_hf({**ModelConfig.preset("tiny").to_hf(), **change})
+
+
+def test_fields_of_ours_are_not_read_from_a_hugging_face_config():
+    hf = {**ModelConfig.preset("tiny").to_hf(), "vocab_multiple": 10**9, "init_method": "normal"}
+    assert ModelConfig.from_hf(hf) == ModelConfig.preset("tiny")
 
 
 def test_every_problem_is_named_at_once():

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -374,6 +376,33 @@ def test_many_problems_are_all_listed(small):
     assert message.count("is missing") == 12
 
 
+def test_of_very_many_problems_the_first_are_listed(small):
+    edit(small, lambda tensors: tensors.update({f"x{i:03d}": np.zeros(1, np.float32) for i in range(200)}))
+    message = refusal(small)
+    assert message.count("is no parameter") == 50
+    assert message.endswith("'x049' is no parameter of this config; and 150 more")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, but there are 40 tensors in all"),
+        ("num_hidden_layers", 40, "gpt_neox.layers.3.input_layernorm.weight [32] is missing"),
+        ("hidden_size", 2**31 - 32, "gpt_neox.embed_in.weight is [97, 32], wanted [97, 2147483616]"),
+        ("vocab_size", 2**31 - 1, "gpt_neox.embed_in.weight is [97, 32], wanted [2147483647, 32]"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made_of_them(field, value, message, small):
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, field: value}))
+    tracemalloc.start()
+    try:
+        assert message in refusal(small)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_vocabulary_of_another_size(small):
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 96}))
@@ -406,8 +435,13 @@ def test_unknown_dtype(small, dtype):
         ("[]", "holds a list; wanted a JSON object"),
         ('{"model_type": "gpt_neox", "model_type": "gpt_neox"}', "key 'model_type' is there twice"),
         ('{"model_type": "llama"}', "model_type is 'llama'; only 'gpt_neox' is read here"),
+        ('{"a": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (" " * (16 << 20) + "{}", "larger than 16777216 bytes"),
+        ('{"model_type": "\\ud800\\u001b[2J\\n"}', r"model_type is '\ud800\x1b[2J\n'; only"),
         ('{"model_type": "gpt_neox", "hidden_act": "silu"}', "hidden_act is 'silu'"),
-        ('{"model_type": "gpt_neox", "rotary_pct": "a quarter"}', "value of the wrong type"),
+        ('{"model_type": "gpt_neox", "rope_parameters": "default"}', "value of the wrong type"),
+        ('{"model_type": "gpt_neox", "rotary_pct": "a quarter"}', "rotary_pct is 'a quarter'; it must be a number"),
     ],
 )
 def test_bad_config(small, text, message):
@@ -503,6 +537,47 @@ def test_damaged_weights(small, damage, message):
     assert message in refused
 
 
+def test_what_a_file_says_does_not_reach_the_terminal_as_it_is(small):
+    path = small / "model.safetensors"
+    path.write_bytes(header_edited(path.read_bytes(), b'"F32"', b'"' + b"\\u001b[2J" + b"x" * 5000 + b'"'))
+    message = refusal(small)
+    assert message.isprintable()
+    assert r"unknown variant `\x1b[2Jxxx" in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 62), (1,) * 100], ids=["too large and empty", "100 dims"])
+def test_shapes_that_no_array_has(shape, small):
+    path = small / "model.safetensors"
+    size = 4 * math.prod(shape)
+    spec = json.dumps({"dtype": "F32", "shape": shape, "data_offsets": [0, size]})
+    header = f'{{"a":{spec}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
+    assert "more dims or elements than there can be" in refusal(small)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1 << 40, 0)])
+def test_a_tied_head_of_no_such_shape(shape, small):
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    value = np.ones(shape, np.float32)
+    edit(small, lambda tensors: tensors.update({"gpt_neox.embed_in.weight": value, "embed_out.weight": value}))
+    assert f"gpt_neox.embed_in.weight is {list(shape)}, wanted [97, 32]" in refusal(small)
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    save_hf(random_model({**VARIANTS["pythia"], "num_hidden_layers": 6}), tmp_path / "x", max_shard_bytes=1)
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) > 60
+    program = """if True:
+        import resource, sys
+        from neox_jax.convert import hf, stored
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        model = hf.read_hf(sys.argv[1])
+        assert all(stored.whole(tensor).shape == tensor.shape for tensor in model.tensors.values())
+        """
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=True, timeout=120)
+
+
 def spec_of(data: bytes) -> bytes:
     return re.search(rb'"embed_out\.weight":(\{[^}]*\})', data)[1]
 
@@ -525,10 +600,16 @@ def edit_index(folder: Path, change) -> None:
     path.write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("name", ["../sharded/model-00001-of-00003.safetensors", "/etc/passwd", "a\\b", "..", "", 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../sharded/model-00001-of-00003.safetensors", "/etc/passwd", "a\\b", "..", "", 3, None, ["a"]),
+        *("a\0", "a\n", "\ud800", "\x1b[2J", "\u202ea", "a" * 256, "ü" * 128),
+    ],
+)
 def test_index_entry_that_is_no_bare_name(sharded, name):
     edit_index(sharded, lambda weight_map: weight_map.update({QKV: name}))
-    assert f"{QKV!r} is in {name!r}, which is no bare file name" in refusal(sharded)
+    assert f"{QKV!r} is in {name!r:.100}, which is no bare file name" in refusal(sharded)
 
 
 def test_missing_and_damaged_shards(sharded):

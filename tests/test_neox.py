@@ -1,6 +1,7 @@
 """NeoX checkpoints: torch's files by the facts' rules load to transformers' logits; bit-equal round trips; refusals."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -286,6 +287,17 @@ def test_a_checkpoint_is_recognised_wherever_one_points(small, tmp_path):
         locate_step(root)
     with pytest.raises(InputError, match="no NeoX checkpoint"):
         locate_step(small / "configs")
+    (root / "latest").write_text("global_step" + "9" * 240)
+    with pytest.raises(InputError, match="wanted the name of a folder"):
+        locate_step(root)
+    for path in (root / "latest", root / "absent"):
+        with pytest.raises(InputError, match="is no folder"):
+            locate_step(path)
+
+
+def test_optimizer_states_that_are_not_there(small):
+    (small / "zero_pp_rank_1_mp_rank_00_optim_states.pt").symlink_to("absent")
+    assert "not imported (2 files" in read_neox(small).notes[0]
 
 
 def test_a_bare_folder_with_its_config_beside(small, tmp_path):
@@ -375,10 +387,25 @@ def test_refuses_a_configuration_that_cannot_be_read(small):
         "[" * 20000: "cannot be read as YAML",
         "{? [1]: 2}": "cannot be read as YAML",
         "#" * (1 << 21): "larger than",
+        "a: &a [1]\nb: *a": "it has an alias (*name); write out what that stands for",
+        "a: &a {x: 1}\nb: {<<: *a}": "cannot be read as YAML",
+        "a: " + "1:" * 60_000 + "1": "a number has 120001 digits",
+        "a: 0x" + "f" * 5000: "a number has 5002 digits",
+        "a: " + "9" * 5000: "a number has 5000 digits",
+        "a: !!bool maybe": "cannot be read as YAML: 'maybe'",
+        "a: !!timestamp x": "cannot be read as YAML",
+        "a: !!int ''": "cannot be read as YAML",
+        "1.5: 1": "a key is 1.5; wanted a name",
+        f"{1 << 61}: 1": "a key is 2305843009213693952; wanted a name",
+        "2001-12-14: 1": "a key is datetime.date(2001, 12, 14); wanted a name",
+        "{" + ", ".join(f"k{i}: 1" for i in range(9000)) + "}": "does not say num_attention_heads",
     }.items():
         path.write_text(text)
         assert message in problems_of(small)
     path.unlink()
+    assert "no configuration: put the run's config.yml into" in problems_of(small)
+    os.mkfifo(path)
+    (small / "configs" / "x.yml").symlink_to("/dev/zero")
     assert "no configuration: put the run's config.yml into" in problems_of(small)
 
 
@@ -433,6 +460,16 @@ def test_refuses_damage_in_the_sequential_layout(tmp_path, references):
     assert "mp_rank_00_model_states.pt is missing" in problems_of(tmp_path)
     damage(second, lambda t: t.update(module=None))
     assert "no weights under 'module'" in problems_of(tmp_path)
+
+
+def test_a_number_of_a_layer_or_rank_has_one_spelling(small):
+    """Of two files for one place it would be chance which is read."""
+    data, files = (small / "layer_02-model_00-model_states.pt").read_bytes(), read_neox(small).files
+    for name in ("layer_002-model_00", "layer_02-model_000", "layer_٠٢-model_00", "layer_02-model_00\n"):
+        (small / f"{name}-model_states.pt").write_bytes(data[:100])
+    assert read_neox(small).files == files
+    (small / "layer_02-model_999-model_states.pt").write_bytes(data)
+    assert "has layer files of rank 999, but nearly all of those of lower ranks are missing" in problems_of(small)
 
 
 def test_refuses_both_names_of_one_tensor(small):
@@ -593,6 +630,9 @@ def test_refuses_our_own_file_when_it_contradicts(tmp_path):
         ({"vocab_size": "97"}, "is not as it was written"),
         ({"hidden_act": "gelu"}, "says hidden_act 'gelu', but bias_gelu_fusion is True"),
         ({"rotary_pct": 1}, "is not as it was written"),
+        ({"rotary_pct": None}, "is not as it was written"),
+        ({"vocab_multiple": None}, "is not as it was written"),
+        ({"eos_token_id": 1 << 40}, "eos_token_id is 1099511627776; it must be at most"),
     ):
         path.write_text(json.dumps({**extras, **change}))
         assert message in problems_of(tmp_path / "out")

@@ -4,9 +4,10 @@ A file is read with pread, not mapped: one cut short while it is open gives an e
 pages would add up to the whole file.
 """
 
-import io
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from neox_jax.errors import InputError
@@ -41,42 +42,61 @@ class ByteReader:
         if start < 0 or start + num_bytes > self.num_bytes:
             self.refuse("is too short for what should be in it; download it again")
 
-    def close(self) -> None:
-        """Gives a file back; of memory there is nothing to give."""
-
 
 class FileReader(ByteReader):
-    """The same of a regular file; nothing else (a pipe would block, a device never ends)."""
+    """The same of a regular file; nothing else (a pipe would block, a device never ends).
+
+    It is opened for each read, as a checkpoint can be of more files than a process may have open, and each read is of
+    the file that was there at first, unchanged.
+    """
 
     def __init__(self, path: Path):
         self.name = ascii(str(path))[1:-1]
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError as error:
-            raise InputError(f"{self.name} is not there; check the path, or download it again") from error
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise InputError(f"{self.name} cannot be opened: {getattr(error, 'strerror', error)}") from error
-        status = os.fstat(descriptor)
+        self._path = os.path.abspath(path)  # of the working directory that it is now
+        with self._opened() as descriptor:
+            status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
             raise InputError(f"{self.name} is no regular file; wanted a weights file")
-        self._file = io.FileIO(descriptor)  # closes itself when nothing holds it
-        self.num_bytes = status.st_size
+        self.num_bytes, self._identity = status.st_size, _identity(status)
 
     def read_into(self, start: int, out) -> None:
         self.check_bounds(start, len(out))  # preadv takes -1 for "where the last read ended"
         left = memoryview(out)
-        while left:
+        with self._opened() as descriptor:
+            self._check_same(descriptor)
             try:
-                num_read = os.preadv(self._file.fileno(), [left], start)
+                while left and (num_read := os.preadv(descriptor, [left], start)):
+                    start, left = start + num_read, left[num_read:]
             except OSError as error:
-                raise InputError(f"{self.name} cannot be read: {error}") from error
-            if not num_read:
-                self.refuse("became shorter while it was open; download it again")
-            start, left = start + num_read, left[num_read:]
+                raise InputError(f"{self.name} cannot be read: {error.strerror}") from error
+            self._check_same(descriptor)
+        if left:
+            self.refuse(_SHORTER)
 
-    def close(self) -> None:
-        self._file.close()
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.name} is not there; check the path, or download it again") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise InputError(f"{self.name} cannot be opened: {getattr(error, 'strerror', error)}") from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _check_same(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if _identity(status) != self._identity:
+            self.refuse(_SHORTER if status.st_size < self.num_bytes else "changed while it was read; try again")
+
+
+_SHORTER = "became shorter while it was open; download it again"
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def show_name(name: str) -> str:

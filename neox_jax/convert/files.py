@@ -12,6 +12,8 @@ from pathlib import Path
 from neox_jax.errors import InputError
 
 SPARE_BYTES = 64 << 20  # beside the tensors: configuration, headers, indexes, and what a file system takes itself
+MAX_JSON_BYTES = 16 << 20  # an index of 160,000 tensors
+MAX_PROBLEMS, MAX_PROBLEM = 50, 500  # told of; characters of one
 
 _PARTIAL = re.compile(r"\..+\.partial-\d+")
 
@@ -90,6 +92,8 @@ def sync(path: Path) -> None:
 def read_json(path: Path):
     """Parses a JSON file. Raises: InputError if it cannot be read or parsed, or says a key twice."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from error
@@ -104,7 +108,7 @@ def _unique(pairs: list) -> dict:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {key!r} is there twice")
+        raise ValueError(f"key {key!r:.80} is there twice")
     return unique
 
 
@@ -112,5 +116,14 @@ def to_json(values: dict) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def one_line(error: BaseException | str) -> str:
+    """A text that may quote a file, for a message: one line, nothing that a terminal acts on, not long."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= MAX_PROBLEM else text[:MAX_PROBLEM] + "..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def join_problems(problems: list[str]) -> str:
+    """All of them for one message; of very many the first, and how many more there are."""
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return "; ".join([*map(one_line, problems[:MAX_PROBLEMS]), *more])

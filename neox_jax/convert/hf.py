@@ -12,7 +12,7 @@ import numpy as np
 
 from neox_jax.config import DTYPES, ModelConfig
 from neox_jax.convert import names
-from neox_jax.convert.files import one_line, read_json, to_json, written_whole
+from neox_jax.convert.files import join_problems, one_line, read_json, to_json, written_whole
 from neox_jax.convert.lazy_tensor import LazyTensor
 from neox_jax.convert.safetensors_files import open_safetensors, write_safetensors
 from neox_jax.convert.stored import (
@@ -24,7 +24,7 @@ from neox_jax.convert.stored import (
     to_model,
     zip_rows,
 )
-from neox_jax.convert.torch_files import open_torch_file
+from neox_jax.convert.torch_files import read_torch_file
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.tokenizer import END_OF_TEXT, PADDING, Tokenizer
@@ -57,12 +57,18 @@ def read_hf(folder: str | Path) -> StoredModel:
     folder = Path(folder)
     config = read_config(folder)
     files, held, problems, explained = _list_tensors(folder)
-    found = _match(held, config, problems)
+    if config.num_hidden_layers > len(held) + len(explained):  # before anything is made of that size
+        problems.append(
+            f"num_hidden_layers is {config.num_hidden_layers}, but there are {len(held)} tensors in all; download the "
+            f"{CONFIG} that belongs to them"
+        )
+        raise InputError(f"{folder}: {join_problems(problems)}")
     wanted = expected_shapes(config)
+    found = _match(held, config, wanted, problems)
     absent = wanted.keys() - found.keys() - explained
     problems += [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name in absent]
     if problems:
-        raise InputError(f"{folder}: {'; '.join(problems)}")
+        raise InputError(f"{folder}: {join_problems(problems)}")
     tensors = {name: found[name].tensor for name in wanted}
     return StoredModel(config, tensors, str(folder), (folder / CONFIG, *files))
 
@@ -120,7 +126,9 @@ class _Held:
     tensor: LazyTensor
 
 
-def _match(held: list[_Held], config: ModelConfig, problems: list[str]) -> dict[str, _Held]:
+def _match(
+    held: list[_Held], config: ModelConfig, wanted: dict[str, tuple[int, ...]], problems: list[str]
+) -> dict[str, _Held]:
     """Maps the full Hugging Face name of each parameter to its tensor; reports what is unknown, twice or wrong."""
     found = {}
     for one in held:
@@ -128,18 +136,18 @@ def _match(held: list[_Held], config: ModelConfig, problems: list[str]) -> dict[
             continue
         name = names.full_hf_name(one.key)
         if name in found:
-            problems.append(f"both {found[name].key!r} and {one.key!r} are there; remove one")
+            problems.append(f"both {found[name].key!r:.100} and {one.key!r:.100} are there; remove one")
         found[name] = one
 
     head, table = "embed_out.weight", "gpt_neox.embed_in.weight"
     if config.tie_word_embeddings and head in found:
         tied = found.pop(head)
-        if table in found and not _same_values(found[table].tensor, tied.tensor):
+        is_table = table in found and found[table].tensor.shape == wanted[table]
+        if is_table and not _same_values(found[table].tensor, tied.tensor):
             problems.append(f"tie_word_embeddings is true, but {head} differs from {table}; set it to false")
-    wanted = expected_shapes(config)
     for name, one in found.items():
         if name not in wanted:
-            problems.append(f"{one.key!r} is no parameter of this config")
+            problems.append(f"{one.key!r:.100} is no parameter of this config")
         elif one.tensor.shape != wanted[name]:
             problems.append(f"{one.key} is {list(one.tensor.shape)}, wanted {list(wanted[name])}")
         elif one.tensor.dtype.name not in DTYPES:
@@ -169,8 +177,8 @@ def _list_shards(index_path: Path, read_header) -> tuple[list[Path], list[_Held]
 
     found, problems, explained, declared = {}, [], set(), {}
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or any(mark in shard for mark in "/\\\0"):
-            problems.append(f"{index_name}: {key!r} is in {shard!r}, which is no bare file name")
+        if not _is_bare_name(shard):
+            problems.append(f"{index_name}: {key!r:.100} is in {shard!r:.100}, which is no bare file name")
             explained.add(names.full_hf_name(key))
         else:
             declared.setdefault(shard, set()).add(key)
@@ -183,34 +191,40 @@ def _list_shards(index_path: Path, read_header) -> tuple[list[Path], list[_Held]
             continue
         for key, tensor in held.items():
             if key in found:
-                problems.append(f"{key!r} is in two shards, {found[key].file.name} and {shard}")
+                problems.append(f"{key!r:.100} is in two shards, {found[key].file.name} and {shard}")
             elif key not in keys:
-                problems.append(f"{shard} holds {key!r}, which {index_name} does not say")
+                problems.append(f"{shard} holds {key!r:.100}, which {index_name} does not say")
             found[key] = _Held(folder / shard, key, tensor)
         for key in sorted(keys - held.keys()):
-            problems.append(f"{index_name} says that {key!r} is in {shard}, but it is not")
+            problems.append(f"{index_name} says that {key!r:.100} is in {shard}, but it is not")
             explained.add(names.full_hf_name(key))
     files = [index_path, *(folder / shard for shard in sorted(declared))]
     return files, list(found.values()), problems, explained
+
+
+def _is_bare_name(name) -> bool:
+    """Whether this names a file in a folder, and nothing outside it."""
+    is_text = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
+    return is_text and name not in ("", ".", "..") and not any(mark in name for mark in "/\\")
 
 
 def _open_torch(path: Path) -> dict[str, LazyTensor]:
     """What a .bin file holds, by the restricted reader. Raises: InputError where it is missing, damaged or hostile."""
     if not path.is_file():
         raise InputError(f"{path} is not there; download it again")
-    tree = open_torch_file(path).tree
+    tree = read_torch_file(path)
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}; wanted a dict of tensors")
     others = [key for key, tensor in tree.items() if not (isinstance(key, str) and isinstance(tensor, LazyTensor))]
     if others:
-        raise InputError(f"{path}: {others[0]!r} is no tensor; wanted a dict of tensors")
+        raise InputError(f"{path}: {others[0]!r:.100} is no tensor; wanted a dict of tensors")
     return tree
 
 
 def _no_weights(folder: Path) -> str:
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     if shards:
-        return f"{folder} has {shards[0]} but neither {WEIGHTS} nor {INDEX}; download the index too"
+        return f"{folder} has {shards[0]!r:.100} but neither {WEIGHTS} nor {INDEX}; download the index too"
     return f"{folder} has neither {WEIGHTS} nor {TORCH_WEIGHTS}, and no index of shards of either; download the weights"
 
 

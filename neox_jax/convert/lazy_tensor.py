@@ -1,6 +1,7 @@
 """Tensors in a file, of which all or a part is read when it is asked for."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,7 +17,7 @@ class LazyTensor:
         self, reader: ByteReader, start: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: np.dtype
     ):
         """start: in bytes. strides: in elements, or None for a contiguous tensor. Whoever makes one has checked that
-        it lies in the reader and that its dims do not overlap, other than by a stride of 0."""
+        it lies in the reader, that `is_representable`, and that dims do not overlap, other than by a stride of 0."""
         self.shape, self.dtype = shape, dtype
         self._reader, self._start = reader, start
         self._strides = contiguous_strides(shape) if strides is None else strides
@@ -24,9 +25,10 @@ class LazyTensor:
     def __repr__(self) -> str:
         return f"LazyTensor(shape={self.shape}, dtype={self.dtype.name})"
 
-    def fetch(self) -> np.ndarray:
-        """All of it, under the name by which writers ask."""
-        return self.read()
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Its elements in order, as new C-contiguous arrays of at most CHUNK_BYTES."""
+        for part in cut(self.shape, self.dtype.itemsize):
+            yield self.read(part)
 
     def read(self, index: tuple[slice, ...] | slice = ()) -> np.ndarray:
         """A new C-contiguous array of tensor[index]; index: a slice, or one for each of the first dims, steps >= 1.
@@ -78,9 +80,29 @@ class LazyTensor:
             self._fill(out[part], start + first * step_bytes, strides)
 
 
+def cut(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Indices of parts of at most CHUNK_BYTES that one after the other hold a tensor's elements, in C order."""
+    if not shape:
+        yield ()
+    if not shape or 0 in shape:
+        return
+    entry_bytes = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+    axis = next(axis for axis, num_bytes in enumerate(entry_bytes) if num_bytes <= CHUNK_BYTES)
+    step = CHUNK_BYTES // entry_bytes[axis]
+    for outer in np.ndindex(*shape[:axis]):
+        before = [slice(i, i + 1) for i in outer]
+        for start in range(0, shape[axis], step):
+            yield (*before, slice(start, start + step))
+
+
 def contiguous_strides(shape) -> tuple[int, ...]:
     """The strides, in elements, of a C-contiguous tensor, as torch counts them where a dim is empty."""
     return tuple(math.prod(size or 1 for size in shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def is_representable(shape, dtype: np.dtype) -> bool:
+    """Whether numpy has arrays of this shape: where a dim is empty, the others still count."""
+    return len(shape) <= 32 and math.prod(size or 1 for size in shape) * dtype.itemsize < 1 << 63
 
 
 def span(shape, strides) -> int:

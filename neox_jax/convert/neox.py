@@ -4,13 +4,14 @@ Both of NeoX's layouts are read; the pipeline layout is written. What the files 
 a tensor in `neox_ranks`, what the configuration says in `neox_settings`.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from neox_jax.config import ModelConfig, check_choice
 from neox_jax.convert import names
-from neox_jax.convert.files import to_json, written_whole
+from neox_jax.convert.files import join_problems, to_json, written_whole
 from neox_jax.convert.neox_files import LATEST, MLP_NAMES, NeoxFiles, locate_step
 from neox_jax.convert.neox_ranks import measure_drift, merge, place_of, split
 from neox_jax.convert.neox_settings import (
@@ -29,6 +30,8 @@ from neox_jax.convert.torch_files import save_torch_file
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.tokenizer import Tokenizer
+
+NUM_WRITERS = 2  # files written at a time: one waits for the disk while the other reads
 
 
 def load_neox(folder: str | Path, *, mesh=None, dtype=None) -> NeoX:
@@ -66,8 +69,7 @@ def read_neox(folder: str | Path) -> NeoxCheckpoint:
     tensors = {} if config is None else merge(files, config, problems)
     drift = {} if problems else measure_drift(tensors, problems)
     if problems:
-        text = f"{folder}: {'; '.join(problems)}"
-        raise InputError(" ".join(text.split()))  # names from files may have line breaks in them
+        raise InputError(f"{folder}: {join_problems(problems)}")
     assert config is not None
     notes = [_optimizer_note(folder)]
     if drift:
@@ -78,7 +80,7 @@ def read_neox(folder: str | Path) -> NeoxCheckpoint:
 
 
 def _optimizer_note(folder: Path) -> str:
-    states = [path.stat().st_size for path in folder.glob("*optim_states.pt")]
+    states = [path.stat().st_size for path in folder.glob("*optim_states.pt") if path.is_file()]
     there = f" ({len(states)} files, {sum(states) / 1e9:.1f} GB)" if states else ""
     return f"NeoX's optimizer states are not imported{there}"
 
@@ -148,16 +150,24 @@ def _write_layers(stored: StoredModel, folder: Path, num_ranks: int, renamed: di
     for name, tensor in stored.tensors.items():
         row, number = places[name]
         layers.setdefault(number, []).append((row, tensor))
-    for number, held in sorted(layers.items()):
-        ranks: list[dict] = [{} for _ in range(num_ranks)]
-        for row, tensor in held:
-            name = row.neox_name
-            for dense, other in renamed.items():
-                name = name.replace(dense, other)
-            for rank, part in zip(ranks, split(row, tensor, num_ranks, config), strict=True):
-                rank[name] = part
-        for i, rank in enumerate(ranks):
-            save_torch_file(folder / f"layer_{number:02d}-model_{i:02d}-model_states.pt", rank)
+    writers = concurrent.futures.ThreadPoolExecutor(NUM_WRITERS)
+    try:
+        written = []
+        for number, held in sorted(layers.items()):
+            ranks: list[dict] = [{} for _ in range(num_ranks)]
+            for row, tensor in held:
+                name = row.neox_name
+                for dense, other in renamed.items():
+                    name = name.replace(dense, other)
+                for rank, part in zip(ranks, split(row, tensor, num_ranks, config), strict=True):
+                    rank[name] = part
+            for i, rank in enumerate(ranks):
+                path = folder / f"layer_{number:02d}-model_{i:02d}-model_states.pt"
+                written.append(writers.submit(save_torch_file, path, rank))
+        for future in written:
+            future.result()
+    finally:
+        writers.shutdown(cancel_futures=True)
 
 
 def _rank_state(config: ModelConfig, step: int, num_ranks: int) -> dict:

@@ -10,14 +10,16 @@ import dataclasses
 import re
 from pathlib import Path
 
-from neox_jax.convert.torch_files import open_torch_file
+from neox_jax.convert.byte_reader import FileReader
+from neox_jax.convert.torch_files import read_torch_file
 from neox_jax.errors import InputError
 
 LATEST = "latest"
-# At most four digits: what is not there is counted up to the highest number.
-LAYER_FILE = re.compile(r"layer_(\d{2,4})-model_(\d{2,3})-model_states\.pt")
-RANK_FILE = re.compile(r"mp_rank_(\d{2,3})_model_states\.pt")
-STEP_FOLDER = re.compile(r"global_step\d+")
+# At most four digits: what is not there is counted up to the highest number. One spelling of each number: two files
+# could be of one layer.
+LAYER_FILE = re.compile(r"layer_([0-9]{2}|[1-9][0-9]{2,3})-model_([0-9]{2}|[1-9][0-9]{2})-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_([0-9]{2}|[1-9][0-9]{2})_model_states\.pt")
+STEP_FOLDER = re.compile(r"global_step[0-9]{1,20}")
 MLP_NAMES = {"dense": {}, "linear": {"dense_h_to_4h": "linear1", "dense_4h_to_h": "linear2"}}
 
 _BUFFER = re.compile(r".*rotary_emb\.inv_freq|.*_extra_state")
@@ -38,6 +40,8 @@ def locate_step(folder: Path) -> Path:
 
     Raises: InputError where there is none, or no telling which.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give that of a NeoX checkpoint")
     if model_files(folder):
         return folder
     steps = sorted(child.name for child in folder.iterdir() if child.is_dir() and STEP_FOLDER.fullmatch(child.name))
@@ -63,8 +67,8 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def _read_latest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return file.read(256).decode("utf-8", errors="replace").strip()
+    reader = FileReader(path)
+    return reader.read(0, min(256, reader.num_bytes)).decode("utf-8", errors="replace").strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,13 @@ class NeoxFiles:
     @classmethod
     def _open_layers(cls, paths: dict[tuple[int, int], Path], problems: list[str]) -> "NeoxFiles":
         files = cls(sorted(paths.values()), range(max(rank for _, rank in paths) + 1), {}, set())
-        for number in sorted({number for number, _ in paths}):
+        numbers = sorted({number for number, _ in paths})
+        if len(numbers) * len(files.ranks) > 100 * len(paths):
+            raise InputError(
+                f"{files.paths[0].parent} has layer files of rank {files.ranks[-1]}, but nearly all of those of lower "
+                "ranks are missing; download all, or remove what does not belong there"
+            )
+        for number in numbers:
             for rank in files.ranks:
                 name = f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
                 if (number, rank) not in paths:
@@ -103,7 +113,7 @@ class NeoxFiles:
                     files.absent.add((number, rank))
                     continue
                 try:
-                    tree = open_torch_file(paths[number, rank], allow_unknown=True).tree
+                    tree = read_torch_file(paths[number, rank], allow_unknown=True)
                 except InputError as error:
                     problems.append(str(error))
                     files.absent.add((number, rank))
@@ -121,7 +131,7 @@ class NeoxFiles:
                 files.absent.add((-1, rank))
                 continue
             try:
-                tree = open_torch_file(paths[rank], allow_unknown=True).tree
+                tree = read_torch_file(paths[rank], allow_unknown=True)
             except InputError as error:
                 problems.append(str(error))
                 files.absent.add((-1, rank))
@@ -133,7 +143,7 @@ class NeoxFiles:
                 continue
             layers: dict[int, dict] = {}
             for key, value in module.items():
-                match = re.fullmatch(r"sequential\.(\d{1,4})\.(.+)", str(key), re.DOTALL)
+                match = re.fullmatch(r"sequential\.(0|[1-9][0-9]{0,3})\.(.+)", str(key), re.DOTALL)
                 if match:
                     layers.setdefault(int(match[1]), {})[match[2]] = value
                 else:
@@ -157,7 +167,7 @@ class NeoxFiles:
             if not hasattr(tensor, "read"):
                 problems.append(f"{file}: {name[:100]!r} is no tensor; wanted nothing but tensors there")
             elif rank in ranks:
-                problems.append(f"{file} holds {name} under both its older and its newer name; remove one")
+                problems.append(f"{file} holds {name:.100} under both its older and its newer name; remove one")
             ranks[rank] = tensor
 
     def missing(self, number: int, rank: int) -> bool:

@@ -192,9 +192,6 @@ class _RankPart:
     def blocks(self):
         return blocks(self)
 
-    def fetch(self):
-        return whole(self)
-
 
 def _share(bias: np.ndarray, num_ranks: int) -> list[np.ndarray]:
     """Equal shares of a bias, whose sum is the bias to the bit.

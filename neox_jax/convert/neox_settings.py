@@ -20,7 +20,7 @@ from neox_jax.convert.neox_ranks import VOCAB_MULTIPLE
 from neox_jax.errors import InputError
 
 CONFIGS, EXTRAS = "configs", "neox_jax.json"
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES, MAX_DIGITS = 1 << 17, 100
 
 # Settings that a plain GPT-NeoX has: (NeoX's default, the values that are one).
 _REQUIRED = {
@@ -42,18 +42,39 @@ _REQUIRED = {
     "te_mha": (False, (False,)),
 }
 _FULL_ATTENTION = {"global", "flash"}
+# PyYAML lets Python's own errors through where a tag does not fit what it is on (!!bool maybe: KeyError).
+_ODD_ERRORS = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML, with every key said once."""
+    """Plain YAML, with every key said once, and nothing in it that takes longer than its size says."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a file of nine lines can have a thousand million values
+            raise yaml.YAMLError("it has an alias (*name); write out what that stands for")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} is there twice")
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | bool | None) and not (isinstance(key, int) and abs(key) < 1 << 31):
+                raise yaml.YAMLError(f"a key is {key!r:.80}; wanted a name")  # hashes of others can be made to collide
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r:.80} is there twice")
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node):
+        if len(node.value) > MAX_DIGITS:  # 1:30:59 is in base sixty, which takes time by the square of its length
+            raise yaml.YAMLError(f"a number has {len(node.value)} digits")
+        make = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
+        return make(node)
+
+
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)
 
 
 def find_settings(folder: Path) -> list[Path]:
@@ -65,6 +86,7 @@ def find_settings(folder: Path) -> list[Path]:
         paths = [*place.glob("*.yml"), *place.glob("*.yaml"), *place.glob("neox_config.json")]
         if place.name == CONFIGS:
             paths = [*paths, *(path for path in place.glob("*.json") if path.name not in (EXTRAS, "neox_config.json"))]
+        paths = [path for path in paths if path.is_file()]  # a pipe would block, a device never ends
         if paths:
             return sorted(paths)
     return []
@@ -90,7 +112,7 @@ def _join_settings(paths: list[Path], problems: list[str]) -> dict:
             if path.stat().st_size > MAX_CONFIG_BYTES:
                 raise yaml.YAMLError(f"it is larger than {MAX_CONFIG_BYTES} bytes")
             values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError, *_ODD_ERRORS) as error:
             problems.append(f"{path.name} cannot be read as YAML: {one_line(error)}")
             continue
         if not isinstance(values, dict):
@@ -99,7 +121,9 @@ def _join_settings(paths: list[Path], problems: list[str]) -> dict:
         for key, value in values.items():
             name = str(key).replace("-", "_")
             if name in settings and settings[name] != value:
-                problems.append(f"{name} is {settings[name]!r} in {origin[name]}, but {value!r} in {path.name}")
+                problems.append(
+                    f"{name:.80} is {settings[name]!r:.80} in {origin[name]}, but {value!r:.80} in {path.name}"
+                )
             settings[name], origin[name] = value, path.name
     return settings
 
@@ -118,7 +142,7 @@ def read_extras(folder: Path, problems: list[str]) -> dict:
         problems.append(str(error))
         return {}
     like = {key: getattr(ModelConfig, key) for key in EXTRA_KEYS}
-    if not isinstance(extras, dict) or any(type(extras[key]) is not type(like.get(key)) for key in extras):
+    if not isinstance(extras, dict) or any(type(extras[key]) is not type(like.get(key, ())) for key in extras):
         problems.append(f"{path.name} is not as it was written; wanted an object of {', '.join(EXTRA_KEYS)}")
         return {}
     return extras
@@ -194,7 +218,7 @@ def _check_settings(settings: dict, get, problems: list[str]) -> None:
         value = settings.get(key)
         value = default if value is None else value
         if value not in allowed:
-            told = repr(value) if key in settings else f"not said, and {value!r} by NeoX's default"
+            told = f"{value!r:.80}" if key in settings else f"not said, and {value!r} by NeoX's default"
             problems.append(f"{key} is {told}; only {allowed[-1]!r} is supported")
     heads, groups = get("num_attention_heads", int, None), get("num_kv_heads", int, None)
     if groups is not None and groups != heads:
@@ -208,7 +232,7 @@ def _attention_types(value) -> set[str]:
     """The names in NeoX's nested lists, [[["global", "local"], 6]]; the numbers say how often."""
     if isinstance(value, list):
         return set().union(*map(_attention_types, value))
-    return set() if value is None or isinstance(value, int) else {str(value)}
+    return set() if value is None or isinstance(value, int) else {f"{value!s:.80}"}
 
 
 def _setting(settings: dict, problems: list[str], key: str, kind: type, default):
@@ -222,7 +246,7 @@ def _setting(settings: dict, problems: list[str], key: str, kind: type, default)
                 return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    problem = f"{key} is {value!r} in the configuration; wanted {_KINDS[kind]}"
+    problem = f"{key} is {value!r:.80} in the configuration; wanted {_KINDS[kind]}"
     if problem not in problems:
         problems.append(problem)
     return default

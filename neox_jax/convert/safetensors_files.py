@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from neox_jax.convert.byte_reader import FileReader
 from neox_jax.convert.files import one_line, parse_json
-from neox_jax.convert.lazy_tensor import LazyTensor
+from neox_jax.convert.lazy_tensor import LazyTensor, is_representable
 from neox_jax.convert.stored import StoredTensor, blocks, num_bytes
 from neox_jax.errors import InputError
+
+MAX_HEADER_BYTES = 16 << 20  # the library's limit is 100 MB, which take 14 times that when they are parsed
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -45,16 +47,20 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise InputError(f"{path} is not there; download it again")
     try:
+        reader = FileReader(path)
+        header_bytes = int.from_bytes(reader.read(0, min(8, reader.num_bytes)), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"header too large: {header_bytes} bytes")
         with safe_open(path, framework="numpy"):  # the library checks everything but keys said twice
             pass
-        reader = FileReader(path)
-        header_bytes = int.from_bytes(reader.read(0, 8), "little")
         header = parse_json(bytes(reader.read(8, header_bytes)))
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged or no safetensors file ({one_line(error)}); download it again") from error
     header.pop("__metadata__", None)
+    if not all(is_representable(spec["shape"], np.dtype(np.float64)) for spec in header.values()):
+        raise InputError(f"{path} has a tensor of more dims or elements than there can be; download it again")
     unknown = sorted({spec["dtype"] for spec in header.values()} - DTYPES.keys())
     if unknown:
         raise InputError(f"{path} has tensors of type {', '.join(unknown)}; wanted F32, BF16 or F16")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,12 +147,13 @@ def _write(
 
 def _count(stored: StoredModel, progress: Callable[[int, int], None]) -> StoredModel:
     """The same model, which tells of what is read from it."""
-    done, total = 0, stored.num_bytes
+    done, total, lock = 0, stored.num_bytes, threading.Lock()
 
     def count(num_bytes: int) -> None:
         nonlocal done
-        done += num_bytes
-        progress(min(done, total), total)
+        with lock:  # a format may be written by several threads
+            done += num_bytes
+            progress(min(done, total), total)
 
     tensors = {name: _Counted(tensor, count) for name, tensor in stored.tensors.items()}
     return dataclasses.replace(stored, tensors=tensors)

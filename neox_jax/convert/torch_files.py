@@ -13,56 +13,37 @@ import io
 import math
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, FileReader
-from neox_jax.convert.lazy_tensor import LazyTensor, contiguous_strides
+from neox_jax.convert.byte_reader import ByteReader, FileReader
+from neox_jax.convert.files import sync
+from neox_jax.convert.lazy_tensor import LazyTensor, contiguous_strides, cut
 from neox_jax.convert.torch_pickle import STORAGES, Ordered, Unknown, read_pickle
 from neox_jax.convert.torch_zip import RESAVE, Member, read_directory, write_zip
 
-__all__ = ["LazyTensor", "TorchFile", "Unknown", "open_torch_file", "save_torch_file"]
+__all__ = ["LazyTensor", "Unknown", "read_torch_file", "save_torch_file"]
 MAX_PICKLE_BYTES = 64 << 20
 
 
-def open_torch_file(source: str | Path | bytes, *, allow_unknown: bool = False) -> "TorchFile":
-    """Opens a .bin or .pt file, or the bytes of one; no tensor is read yet.
+def read_torch_file(source: str | Path | bytes, *, allow_unknown: bool = False):
+    """What was saved in a .bin or .pt file, or in the bytes of one; a tensor is read when it is asked for.
 
-    A storage is compared with its checksum at the first read of a tensor in it, which a damaged file does not survive.
+    Returns a tree of dict, list, tuple, str, int, float, bool, None, bytes, `LazyTensor` and `Unknown`; a torch.Size is
+    a tuple there, a torch.device and a dtype are str ("cpu", "torch.float16"). A storage is compared with its checksum
+    at the first read of a tensor in it, which a damaged file does not survive.
     allow_unknown: what is no tensor or plain value (argparse.Namespace, numpy's RNG state, in a mp_rank_* file) becomes
-    an `Unknown` in the tree; otherwise the file is refused.
+    an `Unknown`; otherwise the file is refused.
     Raises: InputError, and nothing else, for whatever may be wrong with the file.
     """
     reader = ByteReader(source) if isinstance(source, bytes) else FileReader(Path(source))
-    try:
-        root, members = read_directory(reader)
-        names = {name.removeprefix(f"{root}/"): member for name, member in members.items()}
-        data = _read_data(reader, names)
-        storages = {name.removeprefix("data/"): part for name, part in names.items() if name.startswith("data/")}
-        return TorchFile(read_pickle(data, reader, storages, allow_unknown=allow_unknown), reader)
-    except BaseException:
-        reader.close()
-        raise
-
-
-class TorchFile:
-    """An open file. `tree` is what was saved, of dict, list, tuple, str, int, float, bool, None, bytes, `LazyTensor`
-    and `Unknown`; a torch.Size is a tuple there, a torch.device and a dtype are str ("cpu", "torch.float16")."""
-
-    def __init__(self, tree, reader: ByteReader):
-        self.tree = tree
-        self._reader = reader
-
-    def __enter__(self) -> "TorchFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Its tensors cannot be read from now on."""
-        self._reader.close()
+    root, members = read_directory(reader)
+    names = {name.removeprefix(f"{root}/"): member for name, member in members.items()}
+    data = _read_data(reader, names)
+    storages = {name.removeprefix("data/"): part for name, part in names.items() if name.startswith("data/")}
+    return read_pickle(data, reader, storages, allow_unknown=allow_unknown)
 
 
 def _read_data(reader: ByteReader, names: dict[str, Member]) -> bytes:
@@ -88,7 +69,8 @@ def save_torch_file(path: str | Path, tree) -> None:
     """Writes what `torch.load(path, weights_only=True)` reads, under another name until all of it is on disk.
 
     tree: of dict, list, tuple, str, int, float, bool, None, numpy arrays, and objects with shape, dtype and
-    fetch() -> array, which are fetched one at a time. An object that is there twice is stored once, as tied weights.
+    blocks() -> arrays, which one after the other are its elements in C order: no more than a block is held. An object
+    that is there twice is stored once, as tied weights.
     Raises: TypeError for anything else in it.
     """
     path = Path(os.path.abspath(path))
@@ -110,21 +92,20 @@ def save_torch_file(path: str | Path, tree) -> None:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
         raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
-def _chunks(tensor):
-    array = tensor if isinstance(tensor, np.ndarray) else np.asarray(tensor.fetch())
-    if array.shape != tuple(tensor.shape) or array.dtype != tensor.dtype:
-        raise ValueError(f"fetch() gave {array.dtype} {array.shape}, wanted {tensor.dtype} {tuple(tensor.shape)}")
-    array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-    flat = array.reshape(-1).view(np.uint8)
-    for start in range(0, flat.size, CHUNK_BYTES):
-        yield flat[start : start + CHUNK_BYTES].data
+def _chunks(tensor) -> Iterator[memoryview]:
+    """The tensor's bytes, little-endian, in pieces. Raises: ValueError if its blocks are of another type or size."""
+    dtype, left = np.dtype(tensor.dtype), math.prod(tensor.shape)
+    is_array = isinstance(tensor, np.ndarray)
+    for block in (tensor[part] for part in cut(tensor.shape, dtype.itemsize)) if is_array else tensor.blocks():
+        left -= block.size
+        if block.dtype != dtype or left < 0:
+            raise ValueError(f"a block of {block.dtype} {block.shape} in a tensor of {dtype} {tuple(tensor.shape)}")
+        yield np.ascontiguousarray(block, dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+    if left:
+        raise ValueError(f"{left} elements are missing in a tensor of {dtype} {tuple(tensor.shape)}")
 
 
 class _Pickler:
@@ -158,7 +139,7 @@ class _Pickler:
             for item in value:
                 self.value(item)
             write(b"e" if type(value) is list else b"t")
-        elif hasattr(value, "dtype") and (isinstance(value, np.ndarray) or hasattr(value, "fetch")):
+        elif hasattr(value, "dtype") and (isinstance(value, np.ndarray) or hasattr(value, "blocks")):
             self.tensor(value)
         else:
             raise TypeError(f"a {type(value).__name__} cannot be saved; wanted arrays and plain values")

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from neox_jax.convert.byte_reader import ByteReader, show_name
-from neox_jax.convert.lazy_tensor import LazyTensor, span
+from neox_jax.convert.lazy_tensor import LazyTensor, is_representable, span
 from neox_jax.convert.torch_zip import RESAVE
 
 STORAGES = {
@@ -417,7 +417,7 @@ class _Machine:
                 f"has a tensor of size {shape}, stride {strides} at {offset} outside its storage of {storage.numel}; "
                 "do not trust this file"
             )
-        if numel * storage.dtype.itemsize > self.reader.num_bytes:
+        if numel * storage.dtype.itemsize > self.reader.num_bytes or not is_representable(shape, storage.dtype):
             self.refuse(f"has a tensor of size {shape}, larger than the file; save it after .contiguous()")
         if numel and _overlaps(shape, strides):
             self.refuse(f"has a tensor of size {shape}, stride {strides} that overlaps itself; save its .contiguous()")

@@ -161,18 +161,17 @@ def _widen(fields: list[int], extra: bytes, refuse) -> list[int]:
 
 def _find_data(reader, raw_name: bytes, at: int, size: int, packed: int, flags: int, limit: int) -> int:
     """Where a member's data starts, which its local header says; all of it lies before `limit`."""
-    if at + _LOCAL.size > limit:
+    if at + _LOCAL.size + len(raw_name) > limit:
         reader.refuse(_DAMAGED)
-    sig, _, local_flags, method, _, _, _, local_packed, local_size, name_size, extra_size = _LOCAL.unpack(
-        reader.read(at, _LOCAL.size)
-    )
+    header = reader.read(at, _LOCAL.size + len(raw_name))
+    sig, _, local_flags, method, _, _, _, local_packed, local_size, name_size, extra_size = _LOCAL.unpack_from(header)
     first = at + _LOCAL.size + name_size + extra_size
     if sig != b"PK\x03\x04" or local_flags != flags or method or name_size != len(raw_name) or first + size > limit:
         reader.refuse(_DAMAGED)
     later = (0, 0xFFFFFFFF) if flags & 8 else (0xFFFFFFFF,)
     if (local_packed != packed and local_packed not in later) or (local_size != size and local_size not in later):
         reader.refuse(_DAMAGED)
-    if reader.read(at + _LOCAL.size, name_size) != raw_name:
+    if header[_LOCAL.size :] != raw_name:
         reader.refuse(f"a member is called {raw_name[:80]!r} in one place and not in another; do not trust this file")
     return first
 
