@@ -33,6 +33,7 @@ def default_backend(platform: str, *, dtype, head_dim: int) -> str:
     platform: "tpu", "gpu" or "cpu". TPU kernels have no float16. cuDNN has 16 bits only, and heads above 128 only from
     Hopper on, where it can be asked for by name.
     """
+    dtype = jnp.dtype(dtype)
     if platform == "tpu" and dtype != jnp.float16:
         return "splash"
     if platform == "gpu" and dtype in HALF_DTYPES and head_dim % 8 == 0 and head_dim <= 128:
@@ -46,8 +47,8 @@ def make_attend(backend: str, mesh: Mesh | None = None) -> Attend:
     Each token attends to itself and to those before it, of its own segment where segments are given. Softmax is
     float32; the result has v's dtype. Over a mesh, rows, heads and positions are divided as `sharding.RULES` says. With
     seq > 1 (context parallel) a device has its slice of the queries and gathers all keys and values of its rows and
-    heads. The slices are in order, so the last device has the most to do and the step takes as long as it: 2 - 1/seq of
-    the time that an even division (a zig-zag order) would.
+    heads. The slices are in order, so the last device has the most to do and all wait for it: splash takes 2 - 1/seq of
+    the time of an even division (which a zig-zag order would give), and xla and cudnn, which skip no keys then, 2.
     Raises: InputError for an unknown backend or one that is not for these devices; attend raises it for dims that do
     not divide over the mesh, and for dtypes and sizes that its backend does not take.
     """
@@ -87,7 +88,7 @@ def causal_attention(
 
 
 def _attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, query_ids_BT, key_ids_BS, first) -> jax.Array:
-    """Queries of which the first stands at this position of the keys; a traced position costs the skipping of keys."""
+    """Queries of which the first stands at this position of the keys. Where it is traced, no keys are skipped."""
     length = q_BTNH.shape[1]
     # Transposed once here, not per block: the gradient for 1 x 2048 tokens took 149 ms otherwise, of 110.
     q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))

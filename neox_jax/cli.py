@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -74,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE", help="a file that defines get_config(), as those in configs/")
     add("--workdir", required=True, metavar="DIR", help="the run folder: checkpoints, metrics, configuration")
     add("--config.FIELD=VALUE", dest="shown_only", action="store_true", help="override a field, as train.steps=100")
+    add("--distributed", choices=("auto", "off"), help="auto: one of the processes of a TPU pod, srun or Open MPI")
+    add("--coordinator", metavar="HOST:PORT", help="one of several processes on plain machines: where process 0 is met")
+    add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    add("--process-id", type=int, metavar="I", help="with --coordinator: which this one is, from 0")
+    add("--distributed-timeout", type=_seconds, default=300, metavar="SECONDS", help="how long others are waited for")
+    add("--heartbeat-timeout", type=_seconds, default=100, metavar="SECONDS", help="a process so long silent is dead")
 
     add = verb("generate", _generate, "Continue a prompt, or every prompt of a jsonl file.").add_argument
     add("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
@@ -150,13 +157,52 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(text: str) -> int:
+    """Whole seconds, at least one: what jax takes."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds above 0")
+    return int(text)
+
+
 def _train(args) -> int:
+    plain = (args.coordinator, args.num_processes, args.process_id)
+    if any(value is not None for value in plain) and (None in plain or args.distributed is not None):
+        return _usage("train takes --coordinator, --num-processes and --process-id together, or --distributed")
+    from neox_jax import distributed
     from neox_jax.config import load_config
 
-    config = load_config(args.config, args.overrides)
-    from neox_jax.train import train
+    place, config, problem = _find_place(args), None, None
+    try:
+        config = load_config(args.config, args.overrides)
+    except InputError as error:  # which the other processes are told of
+        problem = error
+    with distributed.joined(
+        place,
+        facts={} if config is None else distributed.flatten(dataclasses.asdict(config), "config"),
+        problem=problem,
+        timeout_seconds=args.distributed_timeout,
+        heartbeat_seconds=args.heartbeat_timeout,
+        debug=args.debug,
+    ) as peers:
+        from neox_jax.train import train
 
-    result = train(config, args.workdir)
+        result = train(config, args.workdir, peers=peers)
+    return _report_training(result) if peers.process_id == 0 else EXIT_START_AGAIN if result.interrupted else 0
+
+
+def _find_place(args):
+    from neox_jax import distributed
+
+    if args.coordinator is not None:
+        return distributed.Place(args.coordinator, args.num_processes, args.process_id)
+    if args.distributed == "auto":
+        return distributed.detect_place(timeout_seconds=args.distributed_timeout)
+    if args.distributed is None:
+        distributed.check_alone()
+    return None
+
+
+def _report_training(result) -> int:
     if result.interrupted:
         print(f"stopped and saved at step {result.step}; the same command goes on from there")
         return EXIT_START_AGAIN

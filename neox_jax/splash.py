@@ -11,7 +11,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LANES = 128  # of a TPU's vector registers: keys come in multiples of it
-BLOCKS = (512, 384, 256, 128)  # of queries and keys at a time; the largest that divides
+
+# Queries and keys at a time; the largest that divides. By the kernels' schedules (v5p, head_dim 96, 2048 tokens,
+# thousand instruction bundles a head, forward twice + dq + dkv): 256: 87, 256 x 512: 70, 512: 66, 512 x 1024: 77,
+# 1024: 77. The fused backward kernel would save 11, but writes dq once for each block of keys: many on long sequences.
+BLOCKS = (512, 384, 256, 128)
 
 Kernel = kernels.SplashAttentionKernel
 
@@ -23,21 +27,23 @@ def make_kernel(length: int, *, shards: int = 1, interpret: bool = False, checkp
     sequence. checkpoint_name: of what the backward pass needs of the forward one, the output and the logsumexp.
     length: a multiple of 128 * shards.
     """
-    block = next(size for size in BLOCKS if length // shards % size == 0)
+    query_block, key_block = _block(length // shards), _block(length)
     # The minor dim of an array on a TPU is padded to 128 lanes, and cutting heads or rotary dims out of it moves data
     # across lanes. With the sequence minor instead, XLA keeps that layout from the fused QKV product to the kernel.
-    # Estimated cycles of a layer's loops (forward, recomputed forward and backward; v5p, full remat) without the
-    # kernels, in millions: head dim minor, the same padded to 128, sequence minor: head dim 64: 20.2, 21.9, 12.5;
-    # 80: 73.5, 76.2, 59.5; 96: 161.3, 163.5, 145.4; 128: 39.8, -, 35.8; 256: 38.3, -, 35.6. The kernels' own schedules
-    # stay within 4% (instruction bundles for a block, forward + dq + dkv, at 96: 4597 and 4546; at 128: 4506 and 4697).
+    # Estimated cycles of a layer (forward, recomputed and backward under full remat) without the kernels, in millions,
+    # with the head dim minor, that padded to 128, and the sequence minor:
+    #   v5p   64: 20.2, 21.9, 12.5   80: 73.5, 76.2, 59.5   96: 161.3, 163.5, 145.4   128: 39.8, 35.8   256: 38.3, 35.6
+    #   v5e   64: 42.3, 46.3, 24.5   96: 81.0, 83.0, 73.4   128: 40.3, 36.5           v6e   96: 34.0 and 29.3
+    # The kernels' own schedules stay within 4% (v5p, instruction bundles of a block, forward + dq + dkv, head dim minor
+    # and sequence minor: at 96 4597 and 4546, at 128 4506 and 4697).
     sequence_minor = kernels.QKVLayout.SEQ_MINOR
     sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q=query_block,
+        block_kv=key_block,
+        block_q_dkv=query_block,
+        block_kv_dkv=key_block,
+        block_q_dq=query_block,
+        block_kv_dq=key_block,
         q_layout=sequence_minor,
         k_layout=sequence_minor,
         v_layout=sequence_minor,
@@ -50,6 +56,10 @@ def make_kernel(length: int, *, shards: int = 1, interpret: bool = False, checkp
         residual_checkpoint_name=checkpoint_name,
         interpret=interpret,
     )
+
+
+def _block(length: int) -> int:
+    return next(size for size in BLOCKS if length % size == 0)
 
 
 def kernel_spec(kernel: Kernel, mesh: Mesh, axis: str | None) -> Kernel:

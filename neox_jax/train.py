@@ -1,19 +1,20 @@
 """Trains a model from a configuration into a run folder; the same call again goes on where it stopped.
 
-A run folder holds config.json, model.json, tokenizer.json, metrics.jsonl, tensorboard/ and checkpoints/STEP/.
+A run folder holds config.json, model.json, tokenizer.json, metrics.jsonl, tensorboard/ and checkpoints/STEP/. Of
+several processes all do the same; the first alone writes what is not a checkpoint, and speaks.
 """
 
 import dataclasses
 import functools
 import json
 import math
-import signal
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 
 from neox_jax.checkpoint.manager import STEPS_FOLDER, RunCheckpoints, list_steps
 from neox_jax.config import Config, ModelConfig
@@ -26,12 +27,14 @@ from neox_jax.hardware import peak_flops
 from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
+from neox_jax.peers import Alone, Peers
 from neox_jax.sharding import make_mesh, named_sharding
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
 from neox_jax.train_step import cast_kernels, make_eval_step, make_train_step
 
-MODEL_FILE = "model.json"
+CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
+SHARED_SECONDS = 30  # for what one host wrote to be seen by another: NFS keeps what it knows of a folder for a while
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,14 @@ class TrainResult:
 class Run:
     """Everything that a run needs, checked and opened before anything is written."""
 
-    def __init__(self, config: Config, folder: Path, devices=None):
+    def __init__(self, config: Config, folder: Path, devices=None, peers: Alone | Peers | None = None):
         self.folder = Path(folder)
+        self.peers = Alone() if peers is None else peers
+        if jax.process_count() != self.peers.num_processes:
+            raise InputError(
+                f"this is one of {jax.process_count()} processes of jax, and {self.peers.num_processes} of the run; "
+                "start each with --distributed auto, or with `neox_jax.distributed.joined`"
+            )
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
         self.initial_params = None
         if config.init_from and not list_steps(self.folder / STEPS_FOLDER):
@@ -133,39 +142,74 @@ class Run:
     def eval_step(self):
         return make_eval_step(self.config, mesh=self.mesh)
 
+    def check_same_data(self) -> None:
+        """Ends all processes where one reads other tokens than the first, by batch 0."""
+        if self.peers.num_processes == 1:
+            return
+        loaders = {"train": self.train_loader, "valid": self.valid_loader}
+        facts = {f"batch 0 of data.{k} (SHA-256)": loader.digest(0) for k, loader in loaders.items() if loader}
+        self.peers.check_same("the data", facts)
+
     def write_files(self) -> None:
-        """Puts the configuration, the model's and the tokenizer into the run folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-        _write_json(self.folder / MODEL_FILE, dataclasses.asdict(self.config.model))
-        if self.tokenizer is not None:
-            self.tokenizer.save(self.folder / TOKENIZER_FILE)
+        """Puts the configuration, the model's and the tokenizer into the run folder: the first process, for all.
+
+        Raises: InputError in a process that does not see them.
+        """
+        if self.peers.process_id == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
+            _write_json(self.folder / MODEL_FILE, dataclasses.asdict(self.config.model))
+            if self.tokenizer is not None:
+                self.tokenizer.save(self.folder / TOKENIZER_FILE)
+        self.peers.gather("the run folder")
+        path, wanted = self.folder / CONFIG_FILE, _to_json(dataclasses.asdict(self.config))
+        if not _becomes_true(lambda: path.is_file() and path.read_text(encoding="utf-8") == wanted):
+            raise InputError(f"does not see what process 0 wrote to {path}; {_SHARE}")
+
+    def latest_step(self, checkpoints: RunCheckpoints) -> int | None:
+        """The newest checkpoint that the first process sees, for all. Raises: InputError where one does not see it."""
+        step = self.peers.gather("the newest checkpoint", checkpoints.latest_step())[0]
+        if not _becomes_true(lambda: checkpoints.latest_step() == step):
+            raise InputError(
+                f"the newest checkpoint in {self.folder} is {_step(checkpoints.latest_step())}, and {_step(step)} for "
+                f"process 0; {_SHARE}"
+            )
+        return step
 
 
-def train(config: Config, folder: str | Path, *, devices=None) -> TrainResult:
+_SHARE = "--workdir must be one folder that all hosts share"
+
+
+def train(config: Config, folder: str | Path, *, devices=None, peers: Alone | Peers | None = None) -> TrainResult:
     """Trains until train.steps, from the newest checkpoint in `folder` or from the start.
 
-    SIGTERM and Ctrl-C end the step, save and return `interrupted`. Raises: InputError before anything is written.
+    SIGTERM and Ctrl-C end the step, save and return `interrupted`. peers: of `neox_jax.distributed.joined`, where this
+    is one of several processes, each of which calls this alike and gets the same result.
+    Raises: InputError before anything is written.
     """
-    run = Run(config, Path(folder), devices)
-    config = run.config
+    run = Run(config, Path(folder), devices, peers)
+    peers, config = run.peers, run.config
+    run.check_same_data()
     run.write_files()
     checkpoints = RunCheckpoints(run.folder, config.checkpoint)
-    start = checkpoints.latest_step()
+    start = run.latest_step(checkpoints)
+    if peers.num_processes > 1:
+        _say(run, f"{peers.num_processes} processes on {', '.join(sorted(set(peers.hosts)))}; {run.mesh.size} devices")
     if start is None:
         start = 0
         state = init_state(run.config.model, run.optimizer, run.mesh, seed=config.train.seed, params=run.initial_params)
         checkpoints.save(0, state, run.config.model)
     else:
         state = checkpoints.restore(start, run.abstract_state)
-        _say(f"going on from step {start} of {config.train.steps} in {run.folder}")
-    writer = MetricsWriter(run.folder, start_step=start) if jax.process_index() == 0 else None
+        _say(run, f"going on from step {start} of {config.train.steps} in {run.folder}")
+    writer = MetricsWriter(run.folder, start_step=start) if peers.process_id == 0 else None
     try:
-        state, step, interrupted = _loop(run, state, start, checkpoints, writer)
-        checkpoints.save(step, state, config.model, force=True)
-        if interrupted:
-            return TrainResult(step=step, interrupted=True)
-        loss, bits_per_byte = heldout_loss(run, state.params)
+        with peers:  # an error ends all processes before `close` waits for what they were saving together
+            state, step, interrupted = _loop(run, state, start, checkpoints, writer)
+            checkpoints.save(step, state, config.model, force=True)
+            if interrupted:
+                return TrainResult(step=step, interrupted=True)
+            loss, bits_per_byte = heldout_loss(run, state.params)
     finally:
         checkpoints.close()
         if writer is not None:
@@ -175,37 +219,39 @@ def train(config: Config, folder: str | Path, *, devices=None) -> TrainResult:
 
 def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, writer: MetricsWriter | None):
     """Steps until the end or a signal; returns (state, step, interrupted)."""
-    config, step = run.config, start
+    config, step, stop = run.config, start, False
     if start >= config.train.steps:
         return state, start, False
     compiled_step = run.compile_step()
     meter = _Meter(run)
-    progress = Progress("training", total=config.train.steps, start=start)
-    stop = _StopSignal()
     batches = run.train_loader.batches(start, config.train.steps)
+    progress = None if writer is None else Progress("training", total=config.train.steps, start=start)
     try:
-        for index, tokens, wait_seconds in batches:
-            state, metrics = compiled_step(state, tokens)
-            step = index + 1
-            meter.add(wait_seconds, metrics["skipped"])
-            if step % config.log.every == 0 or step == config.train.steps:
-                line = meter.line(step, metrics)
-                if config.log.batch_digest:
-                    line["batch_sha256"] = run.train_loader.digest(index)
-                if config.eval.every and step % config.eval.every == 0:
-                    line["valid_loss"], line["valid_bits_per_byte"] = heldout_loss(run, state.params)
-                if writer is not None:
-                    writer.write({k: v for k, v in line.items() if v is not None})
-                progress.update(step, _text(line), seconds_left=line["step_seconds"] * (config.train.steps - step))
-                meter.restart()
-            checkpoints.save(step, state, run.config.model)
-            if stop.requested:
-                break
+        with run.peers.noting_signals():
+            for index, tokens, wait_seconds in batches:
+                state, metrics = compiled_step(state, tokens)
+                step = index + 1
+                meter.add(wait_seconds, metrics)
+                if step % config.log.every == 0 or step == config.train.steps:
+                    line = meter.line(step)
+                    if config.eval.every and step % config.eval.every == 0:
+                        line["valid_loss"], line["valid_bits_per_byte"] = heldout_loss(run, state.params)
+                    if writer is not None:
+                        if config.log.batch_digest:
+                            line["batch_sha256"] = run.train_loader.digest(index)
+                        writer.write({k: v for k, v in line.items() if v is not None})
+                        seconds_left = line["step_seconds"] * (config.train.steps - step)
+                        progress.update(step, _text(line), seconds_left=seconds_left)
+                    meter.restart()
+                checkpoints.save(step, state, run.config.model)
+                stop = run.peers.agree_to_stop(step)
+                if stop:
+                    break
     finally:
         batches.close()
-        progress.close()
-        stop.restore()
-    return state, step, stop.requested and step < config.train.steps
+        if progress is not None:
+            progress.close()
+    return state, step, stop and step < config.train.steps
 
 
 class _Meter:
@@ -216,57 +262,39 @@ class _Meter:
         peak, _ = peak_flops(run.mesh.devices.flat[0], train.dtype)
         self._tokens_per_step = train.batch_size * train.seq_length
         self._flops_per_token = run.config.model.training_flops_per_token(train.seq_length)
-        self._peak_flops = peak * _distinct_devices(run.mesh)
+        self._peak_flops = peak * _distinct_devices(run)
         self._skipped = 0
         self.restart()
 
     def restart(self) -> None:
-        self._steps, self._wait_seconds, self._skips, self._start = 0, 0.0, [], time.perf_counter()
+        self._wait_seconds, self._metrics, self._start = 0.0, [], time.perf_counter()
 
-    def add(self, wait_seconds: float, skipped: jax.Array) -> None:
-        self._steps += 1
+    def add(self, wait_seconds: float, metrics: dict) -> None:
         self._wait_seconds += wait_seconds
-        self._skips.append(skipped)  # read only when a line is due, so that steps are dispatched ahead
+        self._metrics.append(metrics)  # read only when a line is due, so that steps are dispatched ahead
 
-    def line(self, step: int, metrics: dict) -> dict:
-        values = jax.device_get({"metrics": metrics, "skips": self._skips})
-        seconds = (time.perf_counter() - self._start) / self._steps
-        self._skipped += int(sum(values["skips"]))
+    def line(self, step: int) -> dict:
+        """The metrics of the last step by their names, and what is known besides. Whole numbers are counts, and so
+        are summed over the steps since the last line; `skipped`, as skipped_updates, over all of this call."""
+        values = jax.device_get(self._metrics)
+        seconds = (time.perf_counter() - self._start) / len(values)
         tokens_per_second = self._tokens_per_step / seconds
+        last = {
+            name: int(sum(each[name] for each in values)) if np.issubdtype(value.dtype, np.integer) else float(value)
+            for name, value in values[-1].items()
+        }
+        self._skipped += last.pop("skipped")
         return {
             "step": step,
-            "loss": float(values["metrics"]["loss"]),
-            "grad_norm": float(values["metrics"]["grad_norm"]),
-            "learning_rate": float(values["metrics"]["learning_rate"]),
+            **{name: last.pop(name) for name in ("loss", "grad_norm", "learning_rate")},
+            **last,
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds,
-            "data_wait_seconds": self._wait_seconds / self._steps,
+            "data_wait_seconds": self._wait_seconds / len(values),
             "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
             "skipped_updates": self._skipped,
         }
-
-
-class _StopSignal:
-    """Notes SIGTERM and Ctrl-C instead of ending the process; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._previous[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: the caller's affair
-                return
-
-    def _note(self, number, frame):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def heldout_loss(run: Run, params: dict) -> tuple[float | None, float | None]:
@@ -276,9 +304,10 @@ def heldout_loss(run: Run, params: dict) -> tuple[float | None, float | None]:
     losses, num_bytes, num_tokens = [], 0, 0
     for index, tokens, _ in run.valid_loader.batches(0, min(run.config.eval.batches, run.valid_loader.num_batches)):
         losses.append(run.eval_step(params, tokens))
-        num_tokens += tokens[:, 1:].size
-        if run.tokenizer is not None:
+        num_tokens += tokens.shape[0] * (tokens.shape[1] - 1)
+        if run.tokenizer is not None and run.peers.process_id == 0:  # the others need not read whole batches
             num_bytes += int(run.tokenizer.num_bytes[run.valid_loader.host_batch(index)[:, 1:]].sum())
+    num_bytes = run.peers.gather("the bytes of the held-out text", num_bytes)[0]
     nats = float(np.mean(jax.device_get(losses), dtype=np.float64))
     return nats, nats * num_tokens / math.log(2) / num_bytes if num_bytes else None
 
@@ -288,7 +317,10 @@ def _sample(run: Run, params: dict) -> str | None:
     if run.tokenizer is None or not tokens:
         return None
     dtype = jax.numpy.dtype(run.config.train.dtype)
-    graphdef, _ = nnx.split(abstract_model(run.config.model, mesh=run.mesh))
+    # Under names that no rule knows, so that every replica writes the same row and every process can read it.
+    names = [axis if axis == "model" else f"{axis} copies" for axis in run.mesh.axis_names]
+    mesh = Mesh(run.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
+    graphdef, _ = nnx.split(abstract_model(run.config.model, mesh=mesh))
     model = nnx.merge(graphdef, cast_kernels(params, dtype))
     prompt = run.config.eval.prompt or [run.tokenizer.eos_token_id]
     completion = generate(model, run.tokenizer, [prompt], max_new_tokens=tokens, temperature=0.8, top_p=0.95, seed=0)
@@ -304,15 +336,32 @@ def _text(line: dict) -> str:
     return text
 
 
-def _distinct_devices(mesh) -> int:
-    """Fake CPU devices share one processor, so a CPU counts once however many it plays."""
-    return 1 if mesh.devices.flat[0].platform == "cpu" else mesh.size
+def _distinct_devices(run: Run) -> int:
+    """Fake CPU devices share one processor, so a host's CPU counts once however many it plays."""
+    return len(set(run.peers.hosts)) if run.mesh.devices.flat[0].platform == "cpu" else run.mesh.size
+
+
+def _to_json(values: dict) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(_to_json(values), encoding="utf-8")
 
 
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
+def _becomes_true(holds) -> bool:
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _step(step: int | None) -> str:
+    return "none" if step is None else f"of step {step}"
+
+
+def _say(run: Run, text: str) -> None:
+    if run.peers.process_id == 0:
         print(text, flush=True)

@@ -192,13 +192,13 @@ def test_seeds_and_sizes():
 
 
 LEVELS = {
-    0: ["errors", "config", "tree", "hardware", "tokenizer", "sampling"],
-    1: ["sharding", "rotary", "attention", "kv_cache", "loss"],
-    2: ["model", "optimizer"],
+    0: ["errors", "config", "compiler_options", "tree", "hardware", "hlo", "tokenizer", "sampling", "hub", "peers"],
+    1: ["distributed", "sharding", "rotary", "splash", "attention", "kv_cache", "loss"],
+    2: ["model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],
     3.5: ["data"],
     4: ["checkpoint", "convert", "metrics"],
-    5: ["train", "evaluate", "bench"],
+    5: ["train", "evaluate", "bench", "estimate"],
     6: ["cli"],
 }
 

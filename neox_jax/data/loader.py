@@ -43,7 +43,8 @@ class Loader:
                 read[first, last] = self._rows(step, first, last)
             return read[first, last][:, index[1]]
 
-        return jax.make_array_from_callback((self.batch_size, self.seq_length + 1), self.sharding, piece)
+        shape = (self.batch_size, self.seq_length + 1)
+        return jax.make_array_from_callback(shape, self.sharding, piece, dtype=np.int32)
 
     def digest(self, step: int) -> str:
         """SHA-256, in hex, of the int32 tokens of batch `step` in row-major order."""
