@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/neox-jax
 OUT := runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint clean libtpu
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,15 @@ $(VENV)/.installed: setup.py constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
+
+# The TPU compiler, which compiles for absent TPUs too. In a folder of its own that only those tests and
+# benchmarks/estimate_tpu.py put on PYTHONPATH: in .venv every start of jax would look for a TPU. Where there is no libtpu
+# for the platform the tests that need it are skipped, and say so.
+.libtpu/.installed: constraints.txt | $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .libtpu libtpu \
+		&& touch $@ || echo "libtpu could not be installed: tests/test_tpu.py will skip what needs it"
+
+libtpu: .libtpu/.installed
 
 # Each step's files stay, so that an interrupted quickstart goes on where it was.
 $(OUT)/corpus/train.jsonl: | $(VENV)/.installed
