@@ -28,10 +28,10 @@ from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
-from neox_jax.sharding import make_mesh, named_sharding
+from neox_jax.sharding import check_sharded, make_mesh, named_sharding
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
-from neox_jax.train_step import cast_kernels, make_eval_step, make_train_step
+from neox_jax.train_step import cast_kernels, check_fits, make_eval_step, make_train_step
 
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
 SHARED_SECONDS = 30  # for what one host wrote to be seen by another: NFS keeps what it knows of a folder for a while
@@ -75,9 +75,11 @@ class Run:
         self._check_same_model()
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh)
+        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, dtype=config.train.dtype)
+        check_sharded(self.abstract_state.params, self.mesh)
         self.tokenizer = self._open_tokenizer()
         self.train_loader, self.valid_loader = self._open_data("train"), self._open_data("valid")
+        check_fits(config, self.mesh)
 
     def _check_same_model(self) -> None:
         path = self.folder / MODEL_FILE
@@ -142,6 +144,17 @@ class Run:
     def eval_step(self):
         return make_eval_step(self.config, mesh=self.mesh)
 
+    def init_state(self) -> TrainState:
+        train = self.config.train
+        return init_state(
+            self.config.model,
+            self.optimizer,
+            self.mesh,
+            seed=train.seed,
+            dtype=train.dtype,
+            params=self.initial_params,
+        )
+
     def check_same_data(self) -> None:
         """Ends all processes where one reads other tokens than the first, by batch 0."""
         if self.peers.num_processes == 1:
@@ -197,7 +210,7 @@ def train(config: Config, folder: str | Path, *, devices=None, peers: Alone | Pe
         _say(run, f"{peers.num_processes} processes on {', '.join(sorted(set(peers.hosts)))}; {run.mesh.size} devices")
     if start is None:
         start = 0
-        state = init_state(run.config.model, run.optimizer, run.mesh, seed=config.train.seed, params=run.initial_params)
+        state = run.init_state()
         checkpoints.save(0, state, run.config.model)
     else:
         state = checkpoints.restore(start, run.abstract_state)
