@@ -559,7 +559,7 @@ def wait_for_step(processes: Processes, folder: Path, step: int) -> None:
 
 def test_a_run_that_is_stopped_and_killed(processes, data, tmp_path):
     """SIGTERM to one of two: both save at one step. `kill -9`: the other ends at once. Then to the end."""
-    last = 120
+    last = 80
     fields = overrides(data, TENSOR, {"train.steps": last, "checkpoint.every": 10, "checkpoint.keep": 100})
     folder = tmp_path / "run"
 
