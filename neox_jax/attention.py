@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from neox_jax.errors import InputError
-from neox_jax.sharding import named_sharding
+from neox_jax.sharding import named_sharding, platform
 
 NEGATIVE = -1e30  # a mask value that stays finite in float32, so that no row becomes NaN
 ATTENTION = "attention"  # the checkpoint name of what the backward pass reads of attention's forward pass
@@ -54,10 +54,10 @@ def make_attend(backend: str, mesh: Mesh | None = None) -> Attend:
     """
     if backend not in ATTENTION_BACKENDS:
         raise InputError(f"attention {backend!r}: wanted one of {', '.join(ATTENTION_BACKENDS)}")
-    platform = _platform(mesh)
-    if backend == "cudnn" and platform != "gpu":
-        raise InputError(f"attention cudnn is for GPUs, and these devices are {platform}; use xla")
-    if backend == "splash" and platform == "gpu":
+    devices = platform(mesh)
+    if backend == "cudnn" and devices != "gpu":
+        raise InputError(f"attention cudnn is for GPUs, and these devices are {devices}; use xla")
+    if backend == "splash" and devices == "gpu":
         raise InputError("attention splash is for TPUs, and these devices are gpu; use cudnn or xla")
     attend = {"xla": _attend_xla, "cudnn": _attend_cudnn, "splash": _attend_splash}[backend]
     return functools.partial(attend, mesh=mesh)
@@ -168,7 +168,7 @@ def _attend_splash(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT=None, *, mesh) -> jax.
         q_BTNH, k_BTNH, v_BTNH = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTNH, k_BTNH, v_BTNH))
         segment_ids_BT = None if segment_ids_BT is None else jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
     kernel = splash.make_kernel(
-        length + padding, shards=shards, checkpoint_name=ATTENTION, interpret=_platform(mesh) == "cpu"
+        length + padding, shards=shards, checkpoint_name=ATTENTION, interpret=platform(mesh) == "cpu"
     )
     kernel_spec = None if mesh is None else splash.kernel_spec(kernel, mesh, positions)
 
@@ -218,11 +218,6 @@ def _spec(q_BTNH, mesh) -> PartitionSpec:
     if mesh is None:
         return PartitionSpec(None, None, None, None)
     return named_sharding(q_BTNH.shape, ("batch", "sequence", "heads", "head_dim"), mesh, "attention").spec
-
-
-def _platform(mesh) -> str:
-    """What it will run on, "tpu", "gpu" or "cpu": the mesh knows, be its devices here or compiled for from afar."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def cached_attention(

@@ -11,16 +11,22 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from neox_jax.attention import NEGATIVE, Attend, default_backend, make_attend, save_attention
 from neox_jax.config import TANH_GELUS, ModelConfig
 from neox_jax.rotary import apply_rotary, rotary_tables
-from neox_jax.sharding import constrain, named_sharding, positions_axis
+from neox_jax.sharding import constrain, named_sharding, platform, positions_axis
+from neox_jax.tensor_parallel import Ranks
 from neox_jax.tree import map_named
 
+# Checkpoint names of what matrix products give and the backward pass reads, in the layouts that it reads.
+PRODUCTS = ("query_key_value", "mlp_hidden")
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(*PRODUCTS), save_attention
+    ),
     "save_attention": save_attention,
 }
 
@@ -58,17 +64,25 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(zeros, logical=("layers", *axes)) if bias else None
         self.num_inputs = len(inputs)
 
-    def __call__(self, x: jax.Array, mesh) -> jax.Array:
-        kernel = self.kernel[...]
+    def __call__(self, x: jax.Array, ranks: Ranks, *, part: int | None = None) -> jax.Array:
+        """part: which of the fused query, key and value; the product with that part of the kernel alone."""
+        y = self.product(x, ranks, part=part)
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        return y + (bias if part is None else bias[..., part, :]).astype(x.dtype)
+
+    def product(self, x: jax.Array, ranks: Ranks, *, part: int | None = None) -> jax.Array:
+        """Without the bias, which is added once to a sum over ranks."""
+        kernel, axes = self.kernel[...].astype(x.dtype), self.kernel.get_metadata("logical")[1:]
+        if part is not None:
+            kernel, axes = kernel[..., part, :], (*axes[:-2], axes[-1])
+        kernel = ranks.gather_weights(kernel, axes)
+        if not ranks.joins_batch:
+            return jnp.tensordot(x, kernel, axes=self.num_inputs)
         inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
-        if mesh is not None and mesh.shape.get("seq", 1) > 1:  # batch and positions are sharded each for itself
-            y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.num_inputs)
-        else:
-            # One plain matrix product: with B and T as two dims, XLA's CPU backward pass takes twice as long.
-            x_2d = x.reshape(-1, math.prod(inputs))
-            y_2d = x_2d @ kernel.astype(x.dtype).reshape(math.prod(inputs), math.prod(outputs))
-            y = y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y_2d = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(outputs))
+        return y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
 
 
 class Attention(nnx.Module):
@@ -86,12 +100,13 @@ class Attention(nnx.Module):
         self.query_key_value = Linear(layers, {"embed": d}, per_head, std=std, **options)
         self.dense = Linear(layers, {"heads": heads, "head_dim": head_dim}, {"embed": d}, std=output_std, **options)
 
-    def __call__(self, x_BTD, tables, attend: Attend, mesh):
-        qkv_BTNCH = self.query_key_value(x_BTD, mesh)
-        axes = ("batch", _positions(x_BTD, mesh), "heads", "head_dim")
-        q, k, v = (constrain(qkv_BTNCH[..., i, :], axes, mesh) for i in range(3))
-        q, k = apply_rotary(q, tables), apply_rotary(k, tables)
-        return self.dense(attend(q, k, v), mesh), (k, v)
+    def project(self, x_BTD: jax.Array, ranks: Ranks) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B,T,N,H]."""
+        if x_BTD.shape[1] == 1:  # a slice of the weights would be copied, and reading them is what takes the time
+            qkv_BTNCH = self.query_key_value(x_BTD, ranks)
+            return tuple(qkv_BTNCH[..., i, :] for i in range(3))
+        # Three products, each of which gives an array as attention reads it, while the next one's weights come in.
+        return tuple(self.query_key_value(x_BTD, ranks, part=i) for i in range(3))
 
 
 class MLP(nnx.Module):
@@ -104,9 +119,9 @@ class MLP(nnx.Module):
         self.dense_h_to_4h = Linear(layers, {"embed": d}, {"mlp": f}, std=std, **options)
         self.dense_4h_to_h = Linear(layers, {"mlp": f}, {"embed": d}, std=output_std, **options)
 
-    def __call__(self, x_BTD: jax.Array, mesh) -> jax.Array:
-        hidden_BTF = jax.nn.gelu(self.dense_h_to_4h(x_BTD, mesh), approximate=self.approximate)
-        return self.dense_4h_to_h(constrain(hidden_BTF, ("batch", _positions(x_BTD, mesh), "mlp"), mesh), mesh)
+    def contract(self, hidden_BTF: jax.Array, ranks: Ranks) -> jax.Array:
+        """The second product of what the first one gave, without its bias."""
+        return self.dense_4h_to_h.product(jax.nn.gelu(hidden_BTF, approximate=self.approximate), ranks)
 
 
 class Layer(nnx.Module):
@@ -131,27 +146,51 @@ class Layer(nnx.Module):
         Between layers the positions are sharded over `model` too. Here they are gathered once, before both norms (which
         are cheaper than a second gather), and what the row-parallel products give is summed and scattered once.
         """
-        whole_BTD = gather_positions(x_BTD, mesh)
-        attended, keys_values = self.attention(self.input_layernorm(whole_BTD), tables, attend, mesh)
         if self.parallel:
-            x_BTD = x_BTD + scatter_positions(attended + self.mlp(self.post_attention_layernorm(whole_BTD), mesh), mesh)
-        else:
-            x_BTD = x_BTD + scatter_positions(attended, mesh)
-            mlp_input = self.post_attention_layernorm(gather_positions(x_BTD, mesh))
-            x_BTD = x_BTD + scatter_positions(self.mlp(mlp_input, mesh), mesh)
-        return x_BTD, keys_values
+            return self._block(x_BTD, tables, attend, mesh, attention=True, mlp=True)
+        x_BTD, keys_values = self._block(x_BTD, tables, attend, mesh, attention=True, mlp=False)
+        return self._block(x_BTD, tables, attend, mesh, attention=False, mlp=True)[0], keys_values
 
+    def _block(self, x_BTD, tables, attend: Attend, mesh, *, attention: bool, mlp: bool):
+        """x and what these two, or one of them, make of it; and (rotated keys, values) or None."""
+        ranks = Ranks(mesh, x_BTD.shape[1])
 
-def _positions(x_BTD: jax.Array, mesh) -> str:
-    """The logical axis of the positions of activations inside a layer."""
-    return "length" if positions_axis(x_BTD.shape[1], mesh) == "length" else "sequence"
+        def columns(layer, x_BTD):
+            whole_BTD = ranks.gather(x_BTD)
+            out = layer.attention.project(layer.input_layernorm(whole_BTD), ranks) if attention else ()
+            return (*out, layer.mlp.dense_h_to_4h(layer.post_attention_layernorm(whole_BTD), ranks)) if mlp else out
+
+        def rows(layer, x_BTD, *inputs):
+            parts = [layer.attention.dense.product(inputs[0], ranks)] if attention else []
+            parts += [layer.mlp.contract(inputs[-1], ranks)] if mlp else []
+            biases = [layer.attention.dense.bias] if attention else []
+            biases += [layer.mlp.dense_4h_to_h.bias] if mlp else []
+            x_BTD = x_BTD + ranks.sum(sum(parts[1:], parts[0]))
+            return (sum((bias[...].astype(x_BTD.dtype) for bias in biases if bias is not None), x_BTD),)
+
+        residual, heads = ("batch", "residual", "hidden"), ("batch", "sequence", "heads", "head_dim")
+        axes = (heads,) * (3 * attention) + (("batch", "sequence", "mlp"),) * mlp
+        out = ranks.run(columns, self, x_BTD, axes=(residual,), out_axes=axes)
+        inputs, keys_values = [], None
+        if attention:
+            q, k, v = (constrain(x, (*ranks.activation_axes, "heads", "head_dim"), mesh) for x in out[:3])
+            q, k, v = checkpoint_name((apply_rotary(q, tables), apply_rotary(k, tables), v), PRODUCTS[0])
+            inputs, keys_values = [attend(q, k, v)], (k, v)
+        if mlp:
+            inputs.append(checkpoint_name(constrain(out[-1], (*ranks.activation_axes, "mlp"), mesh), PRODUCTS[1]))
+        axes = (residual, *axes[2 * attention :])
+        (x_BTD,) = ranks.run(rows, self, x_BTD, *inputs, axes=axes, out_axes=(residual,))
+        return scatter_positions(x_BTD, mesh), keys_values
 
 
 def gather_positions(x_BTD: jax.Array, mesh) -> jax.Array:
-    return constrain(x_BTD, ("batch", _positions(x_BTD, mesh), "hidden"), mesh)
+    """Every rank of `model` gets all positions, those of its slice of `seq`."""
+    axis = "length" if positions_axis(x_BTD.shape[1], mesh) == "length" else "sequence"
+    return constrain(x_BTD, ("batch", axis, "hidden"), mesh)
 
 
 def scatter_positions(x_BTD: jax.Array, mesh) -> jax.Array:
+    """As positions are between layers."""
     return constrain(x_BTD, ("batch", positions_axis(x_BTD.shape[1], mesh), "hidden"), mesh)
 
 
@@ -204,8 +243,9 @@ class NeoX(nnx.Module):
 
     @property
     def head(self) -> jax.Array:
-        """The output head's table [V, D]."""
-        return (self.embed_in if self.embed_out is None else self.embed_out).embedding[...]
+        """The output head's table [V, D], gathered over fsdp: once, not for every chunk of a loss."""
+        table_VD = (self.embed_in if self.embed_out is None else self.embed_out).embedding[...]
+        return constrain(table_VD, ("vocab", "hidden"), self.mesh)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Shapes: [B,T] -> [B,T,D]."""
@@ -220,9 +260,8 @@ class NeoX(nnx.Module):
     def attend(self, backend: str = "auto") -> Attend:
         """The attention of this name for this model's dtype, heads and devices (`attention.make_attend`)."""
         if backend == "auto":
-            platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
             dtype = self.embed_in.embedding.dtype
-            backend = default_backend(platform, dtype=dtype, head_dim=self.config.head_dim)
+            backend = default_backend(platform(self.mesh), dtype=dtype, head_dim=self.config.head_dim)
         return make_attend(backend, self.mesh)
 
     def hidden(

@@ -58,6 +58,11 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, pipe: int = 1, seq: int = 1, mode
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform(mesh: Mesh | None) -> str:
+    """What it will run on, "tpu", "gpu" or "cpu": the mesh knows, be its devices here or compiled for from afar."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def partition_spec(logical: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
     """Maps logical axes to a PartitionSpec over this mesh's axes.
 

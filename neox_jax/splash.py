@@ -14,7 +14,8 @@ LANES = 128  # of a TPU's vector registers: keys come in multiples of it
 
 # Queries and keys at a time; the largest that divides. By the kernels' schedules (v5p, head_dim 96, 2048 tokens,
 # thousand instruction bundles a head, forward twice + dq + dkv): 256: 87, 256 x 512: 70, 512: 66, 512 x 1024: 77,
-# 1024: 77. The fused backward kernel would save 11, but writes dq once for each block of keys: many on long sequences.
+# 1024: 77. The fused backward kernel would save 11, but writes dq once for each block of keys, and to sum these
+# is estimated to take twice what it saves.
 BLOCKS = (512, 384, 256, 128)
 
 Kernel = kernels.SplashAttentionKernel

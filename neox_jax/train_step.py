@@ -73,9 +73,11 @@ def pipelined_loss(
         attention=attention,
     )
 
+    head_VD = master.head
+
     def add(total, microbatch):
         hidden_BTD, targets_BT = microbatch
-        return total + _head_loss(hidden_BTD, master.head, targets_BT, model), None
+        return total + _head_loss(hidden_BTD, head_VD, targets_BT, model), None
 
     total, _ = jax.lax.scan(add, jnp.float32(0), (hidden_MBTD, targets_MBT))
     return total / targets_MBT.size

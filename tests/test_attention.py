@@ -263,7 +263,7 @@ def on_gpus(monkeypatch):
     """As if the devices were GPUs with cuDNN, to see what is handed to them."""
     from jax._src.cudnn import fused_attention_stablehlo
 
-    monkeypatch.setattr(attention, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(attention, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
 
 
@@ -314,7 +314,7 @@ def test_save_attention_runs_no_cudnn_kernel_twice(on_gpus):
 @pytest.mark.parametrize("head_dim", [80, 128])
 def test_splash_lowers_for_tpus(head_dim, monkeypatch):
     """Pallas makes its three kernels of it, and no scores are outside of them."""
-    monkeypatch.setattr(attention, "_platform", lambda mesh: "tpu")
+    monkeypatch.setattr(attention, "platform", lambda mesh: "tpu")
     attend = make_attend("splash", mesh_of(seq=2, model=2))
     q, k, v, _, ids = inputs_of(length=512, head_dim=head_dim, dtype="bfloat16", segments=True)
     gradients = jax.grad(lambda *qkv, ids: attend(*qkv, ids).astype(jnp.float32).sum(), argnums=(0, 1, 2))

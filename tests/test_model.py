@@ -193,7 +193,7 @@ def test_seeds_and_sizes():
 
 LEVELS = {
     0: ["errors", "config", "compiler_options", "tree", "hardware", "hlo", "tokenizer", "sampling", "hub", "peers"],
-    1: ["distributed", "sharding", "rotary", "splash", "attention", "kv_cache", "loss"],
+    1: ["distributed", "sharding", "rotary", "splash", "attention", "tensor_parallel", "kv_cache", "loss"],
     2: ["model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],
     3.5: ["data"],
