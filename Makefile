@@ -47,7 +47,7 @@ quickstart: $(OUT)/data/train.idx $(OUT)/data/heldout.idx
 	@echo "  transformers.AutoModelForCausalLM.from_pretrained('$(OUT)/hf')      # the same model in PyTorch"
 	@echo "  $(RUN) train --config configs/quickstart.py --workdir $(OUT)/longer --config.train.steps=5000"
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test .libtpu/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test

@@ -2,13 +2,12 @@
 
     make libtpu; export PYTHONPATH=.libtpu JAX_PLATFORMS=cpu
     .venv/bin/python benchmarks/estimate_tpu.py --config configs/gpt_neox_20b.py --topology v5p:4x4x4 \\
-        --config.mesh.fsdp=64 [--preset v5p] [--xla FLAG=VALUE ...] [--breakdown] [--hlo FILE] \\
-        [--output benchmarks/results]
+        [--config.mesh.fsdp=64 ...] [--xla FLAG=VALUE ...] [--breakdown] [--hlo FILE] [--output benchmarks/results]
     .venv/bin/python benchmarks/estimate_tpu.py --calibrate
 
-Nothing is measured and no TPU is needed: `neox_jax/estimate.py` says how it adds up. --preset names the compiler's
-options (`neox_jax/compiler_options.py`), the slice's own by default; --xla changes one. --breakdown lists the
-instructions that take most. --calibrate compiles plain matrix products and shows how many FLOPs go into a cycle.
+Nothing is measured and no TPU is needed: `neox_jax/estimate.py` says how it adds up. The compiler's options are those
+of `train.compiler_options`; --xla changes one. --breakdown lists the instructions that take most. --calibrate compiles
+plain matrix products and shows how many FLOPs go into a cycle.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from neox_jax.compiler_options import COMPILER_OPTIONS, compiler_options
+from neox_jax.compiler_options import compiler_options
 from neox_jax.config import load_config
 from neox_jax.errors import InputError
 from neox_jax.estimate import INTERCONNECTS, Estimate, estimate_step, tpu_topology
@@ -39,7 +38,6 @@ def main():
     )
     parser.add_argument("--config", default="configs/gpt_neox_20b.py")
     parser.add_argument("--topology", default="v5p:4x4x4")
-    parser.add_argument("--preset", help=f"compiler options: {', '.join(COMPILER_OPTIONS)}")
     parser.add_argument("--xla", action="append", default=[], metavar="FLAG=VALUE")
     parser.add_argument("--breakdown", action="store_true")
     parser.add_argument("--hlo", type=Path, help="writes the optimised HLO there")
@@ -51,10 +49,11 @@ def main():
         if args.calibrate:
             calibrate()
             return
-        options = compiler_options(args.preset or args.topology.split(":")[0])
-        options |= dict(flag.split("=", 1) for flag in args.xla)
         config = load_config(args.config, [tuple(override.split("=", 1)) for override in overrides])
-        estimate = estimate_step(config, args.topology, compiler_options=options)
+        changed = dict(flag.split("=", 1) for flag in args.xla)
+        estimate = estimate_step(config, args.topology, compiler_options=changed)
+        device_kind = tpu_topology(args.topology).devices[0].device_kind
+        options = compiler_options(config.train.compiler_options, device_kind) | changed
     except InputError as error:
         print(f"estimate_tpu: {error}", file=sys.stderr)
         raise SystemExit(65) from None
@@ -65,7 +64,9 @@ def main():
         args.hlo.write_text(estimate.hlo)
     if args.output:
         date = datetime.date.today().isoformat()
-        name = f"{date}-estimate-{Path(args.config).stem}-{args.topology.replace(':', '-')}.json"
+        sizes = "-".join(f"{axis}{size}" for axis, size in dataclasses.asdict(config.mesh).items() if size != 1)
+        slice_name = args.topology.replace(":", "-")
+        name = f"{date}-estimate-{Path(args.config).stem}-{slice_name}-{sizes.replace('fsdp-1', 'fsdp')}.json"
         (args.output / name).write_text(
             estimate.to_json(
                 date=date,

@@ -5,6 +5,7 @@ each does to GPT-NeoX-20B's training step was estimated, not measured: benchmark
 """
 
 from neox_jax.config import check_choice
+from neox_jax.hardware import find_chip
 
 # Parameters are gathered while the matrix units work: a fusion of compute carries its part of the gather along.
 _ASYNC_GATHER = {
@@ -38,7 +39,19 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-def compiler_options(preset: str) -> dict[str, str]:
+# What "auto" takes, by the name in `hardware.CHIPS`; others have none.
+PRESET_OF_CHIP = {"TPU v5p": "v5p", "TPU v5e": "v5e", "TPU v6e": "v6e", "H100 SXM": "h100", "H200": "h100"}
+
+
+def preset_for(preset: str, device_kind: str) -> str:
+    """The preset itself, or for "auto" the one of this kind of device. Raises: InputError naming the nearest."""
+    check_choice("train.compiler_options", preset, ("auto", *COMPILER_OPTIONS))
+    chip = find_chip(device_kind)
+    if preset != "auto":
+        return preset
+    return PRESET_OF_CHIP.get(chip.name, "none") if chip else "none"
+
+
+def compiler_options(preset: str, device_kind: str = "") -> dict[str, str]:
     """The options of a preset ("v5p"), each an option's name and its value. Raises: InputError naming the nearest."""
-    check_choice("compiler options", preset, COMPILER_OPTIONS)
-    return dict(COMPILER_OPTIONS[preset])
+    return dict(COMPILER_OPTIONS[preset_for(preset, device_kind)])

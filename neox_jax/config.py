@@ -239,8 +239,9 @@ class TrainConfig:
     """batch_size: sequences a step over all hosts. microbatches: the step is divided into so many; with mesh.pipe above
     1 they fill the pipeline, else their gradients are summed in float32. dtype: of the computation; master weights are
     float32, and float16 has NeoX's dynamic loss scale. remat: what of a layer is kept for the backward pass: all
-    (none), nothing (full), what products and attention give (dots), or attention's output (save_attention). attention: which
-    implementation; auto is splash on TPU, cudnn on GPU in 16 bits, else xla. seed initialises the parameters."""
+    (none), nothing (full), what products and attention give (dots), or attention's output (save_attention). attention:
+    which implementation; auto is splash on TPU, cudnn on GPU in 16 bits, else xla. compiler_options: a preset of
+    `neox_jax.compiler_options`, auto by the chip. seed initialises the parameters."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -250,6 +251,7 @@ class TrainConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    compiler_options: str = "auto"
 
     def __post_init__(self):
         check_positive("train", self, "steps", "batch_size", "seq_length", "microbatches")

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from neox_jax.checkpoint.manager import STEPS_FOLDER, RunCheckpoints, list_steps
+from neox_jax.compiler_options import compiler_options, preset_for
 from neox_jax.config import Config, ModelConfig
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.index import open_samples
@@ -28,7 +29,8 @@ from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
-from neox_jax.sharding import check_sharded, make_mesh, named_sharding
+from neox_jax.pipeline import bubble
+from neox_jax.sharding import check_sharded, make_mesh, named_sharding, report_sharding
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
 from neox_jax.train_step import cast_kernels, check_fits, make_eval_step, make_train_step
@@ -77,6 +79,7 @@ class Run:
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, dtype=config.train.dtype)
         check_sharded(self.abstract_state.params, self.mesh)
+        self.compiler_preset = preset_for(config.train.compiler_options, self.mesh.devices.flat[0].device_kind)
         self.tokenizer = self._open_tokenizer()
         self.train_loader, self.valid_loader = self._open_data("train"), self._open_data("valid")
         check_fits(config, self.mesh)
@@ -138,7 +141,31 @@ class Run:
         )
         shape = (train.batch_size, train.seq_length + 1)
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.train_loader.sharding)
-        return step.lower(self.abstract_state, tokens).compile()
+        try:
+            return step.lower(self.abstract_state, tokens).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            raise InputError(
+                f"this compiler does not take train.compiler_options {self.compiler_preset!r} "
+                f"({' '.join(str(error).split())[:200]}); set it to none"
+            ) from error
+
+    def describe(self) -> list[str]:
+        """How the run is laid out over its devices, in lines: mesh, bubble, compiler options, each parameter."""
+        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        kind = self.mesh.devices.flat[0].device_kind
+        lines = [f"mesh {' x '.join(f'{a}={n}' for a, n in sizes.items()) or 'of one device'} ({kind})"]
+        if self.mesh.shape["pipe"] > 1:
+            share = bubble(self.mesh.shape["pipe"], self.config.train.microbatches)
+            lines.append(f"pipeline: every stage waits for {share:.1%} of a step (train.microbatches fill it)")
+        options = compiler_options(self.compiler_preset)
+        lines += [f"compiler option {name}={value} ({self.compiler_preset})" for name, value in options.items()]
+        if self.mesh.size > 1:
+            for one in report_sharding(self.abstract_state.params):
+                share = one.device_bytes / one.num_bytes
+                lines.append(f"{one.name} {list(one.shape)} over {tuple(one.spec)}: {share:.2%} on a device")
+        return lines
 
     @functools.cached_property
     def eval_step(self):
@@ -208,6 +235,8 @@ def train(config: Config, folder: str | Path, *, devices=None, peers: Alone | Pe
     start = run.latest_step(checkpoints)
     if peers.num_processes > 1:
         _say(run, f"{peers.num_processes} processes on {', '.join(sorted(set(peers.hosts)))}; {run.mesh.size} devices")
+    for line in run.describe():
+        _say(run, line)
     if start is None:
         start = 0
         state = run.init_state()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from neox_jax.compiler_options import compiler_options
 from neox_jax.config import Config, ModelConfig
 from neox_jax.errors import InputError
 from neox_jax.loss import cross_entropy_sum
@@ -224,7 +225,8 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
         mesh=mesh,
         moment_shardings=optax.tree.get(state_shardings.optimizer_state, "mu"),
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    options = compiler_options(config.train.compiler_options, mesh.devices.flat[0].device_kind)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None), compiler_options=options)
 
 
 def make_eval_step(config: Config, *, mesh):

@@ -192,7 +192,7 @@ def test_seeds_and_sizes():
 
 
 LEVELS = {
-    0: ["errors", "config", "compiler_options", "tree", "hardware", "hlo", "tokenizer", "sampling", "hub", "peers"],
+    0: ["errors", "config", "tree", "hardware", "compiler_options", "hlo", "tokenizer", "sampling", "hub", "peers"],
     1: ["distributed", "sharding", "rotary", "splash", "attention", "tensor_parallel", "kv_cache", "loss"],
     2: ["model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],

@@ -261,9 +261,10 @@ class Step:
     vocab: int
 
 
-def compile_20b(folder: Path, topology: str, *, fsdp: int, model: int, batch_size: int) -> Step:
+def compile_20b(folder: Path, topology: str, *, fsdp: int, model: int, batch_size: int, remat: str) -> Step:
     hlo = folder / f"{topology.replace(':', '-')}.hlo"
     overrides = [("mesh.fsdp", str(fsdp)), ("mesh.model", str(model)), ("train.batch_size", str(batch_size))]
+    overrides += [("train.microbatches", "1"), ("train.remat", remat), ("train.compiler_options", "none")]
     # Larger tiles in VMEM change neither memory in HBM nor collectives, and take several times as long to compile.
     options = {k: v for k, v in compiler_options(topology[:3]).items() if k != "xla_tpu_scoped_vmem_limit_kib"}
     code = STEP.format(overrides=overrides, topology=topology, options=options, hlo=str(hlo))
@@ -274,13 +275,13 @@ def compile_20b(folder: Path, topology: str, *, fsdp: int, model: int, batch_siz
 @pytest.fixture(scope="module")
 def v5p_step(tmp_path_factory) -> Step:
     """64 chips, parameters sharded over all of them."""
-    return compile_20b(tmp_path_factory.mktemp("v5p"), "v5p:4x4x4", fsdp=64, model=1, batch_size=256)
+    return compile_20b(tmp_path_factory.mktemp("v5p"), "v5p:4x4x4", fsdp=64, model=1, batch_size=256, remat="dots")
 
 
 @pytest.fixture(scope="module")
 def v5e_step(tmp_path_factory) -> Step:
     """256 chips, four to a layer."""
-    return compile_20b(tmp_path_factory.mktemp("v5e"), "v5e:16x16", fsdp=64, model=4, batch_size=256)
+    return compile_20b(tmp_path_factory.mktemp("v5e"), "v5e:16x16", fsdp=64, model=4, batch_size=256, remat="full")
 
 
 def arrays_of_logits(step: Step) -> list[str]:
@@ -316,24 +317,33 @@ def recomputed_attention(module: Module) -> list[str]:
 def test_20b_fits_v5p(v5p_step):
     estimate = v5p_step.estimate
     assert estimate["num_chips"] == 64
-    assert estimate["total_bytes"] < 30 * GIB < estimate["memory_bytes"] == 95 * GIB
-    # The state: parameters and two moments in float32, over 64 chips. Layouts pad next to nothing.
-    assert estimate["argument_bytes"] == pytest.approx(12 * NEOX_20B.num_parameters / 64, rel=0.06)
+    assert estimate["total_bytes"] < 55 * GIB < estimate["memory_bytes"] == 95 * GIB
+    # The state: parameters and two moments in float32, over 64 chips. Heads of 96, and a 64th of 6144 columns, which is
+    # 96 too, are padded to 128 in a third of them: 12%.
+    assert 1 <= estimate["argument_bytes"] / (12 * NEOX_20B.num_parameters / 64) < 1.13
     assert arrays_of_logits(v5p_step) == []
 
 
 @needs_libtpu
 @pytest.mark.timeout(1500)
+def test_20b_runs_no_attention_twice_where_it_is_saved(v5p_step, v5e_step):
+    assert recomputed_attention(v5p_step.module) == []
+    assert recomputed_attention(v5e_step.module) != []  # remat full
+
+
+@needs_libtpu
+@pytest.mark.timeout(1500)
 def test_20b_gathers_each_layer_once_a_pass(v5p_step):
-    """Three passes over the layers: forward, recomputed and backward share the gathers of two; gradients are summed."""
+    """A layer's six kernels (query, key and value each for itself) forward and backward; gradients are summed once."""
     traffic = v5p_step.estimate["traffic"]
     layer = 2 * 12 * NEOX_20B.hidden_size**2  # bytes of a layer's kernels in bfloat16
     assert {name.split()[0] for name in traffic} <= {"all-gather", "all-reduce", "reduce-scatter"}
     gathers = traffic["all-gather fsdp"]["per_layer"]
-    assert gathers["forward"] == {"count": 4, "bytes": layer}
-    assert gathers["backward"]["bytes"] < 1.3 * layer
+    assert gathers["forward"] == gathers["backward"] == {"count": pytest.approx(6), "bytes": pytest.approx(layer)}
     sums = [per["bytes"] for name, t in traffic.items() if "reduce" in name for per in t["per_layer"].values()]
     assert sum(sums) == pytest.approx(layer, rel=0.01)
+    # The head: gathered once for the forward pass, and not for each chunk of the loss.
+    assert traffic["all-gather fsdp"]["bytes"] < 44 * 2 * layer + 3 * 2 * NEOX_20B.padded_vocab_size * 6144
 
 
 @needs_libtpu
@@ -341,21 +351,25 @@ def test_20b_gathers_each_layer_once_a_pass(v5p_step):
 def test_20b_fits_v5e(v5e_step):
     estimate = v5e_step.estimate
     assert estimate["num_chips"] == 256
-    assert estimate["total_bytes"] < estimate["memory_bytes"] == 16 * GIB
+    assert estimate["total_bytes"] < 6 * GIB < estimate["memory_bytes"] == 16 * GIB
     assert arrays_of_logits(v5e_step) == []
 
 
 @needs_libtpu
 @pytest.mark.timeout(1500)
 def test_20b_communicates_once_a_layer_and_direction_over_model(v5e_step):
-    """Parallel residual: attention's and the feed-forward's partial sums are added up before they are communicated."""
+    """Parallel residual: attention's and the feed-forward's partial sums are added up before they are communicated.
+
+    A gather and a reduce-scatter of the activations forward, the same of their gradients backward; and with remat full
+    the layer's input is gathered again, to compute from.
+    """
     activations = 2 * v5e_step.rows * NEOX_20B.max_position_embeddings * NEOX_20B.hidden_size
-    for phase in ("forward", "backward"):
-        moved = {}
-        for traffic in v5e_step.estimate["traffic"].values():
-            if traffic["axes"] == ["model"] and phase in traffic["per_layer"]:
-                moved[traffic["kind"]] = traffic["per_layer"][phase]["bytes"] / activations
-        print(phase, moved)
-        # An all-reduce is a reduce-scatter and an all-gather; a backward pass gathers what it recomputes from, too.
-        passes = 2 * moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0) + moved.get("all-gather", 0)
-        assert passes <= (2 if phase == "forward" else 3) + 0.01
+    traffic = v5e_step.estimate["traffic"]
+    once = {"count": pytest.approx(1), "bytes": pytest.approx(activations)}
+    twice = {"count": pytest.approx(2), "bytes": pytest.approx(2 * activations)}
+    assert traffic["reduce-scatter model"]["per_layer"] == {"forward": once, "backward": once}
+    assert traffic["all-gather model"]["per_layer"] == {"forward": once, "backward": twice}
+    assert not any("permute" in name or "all-to-all" in name for name in traffic)
+    for name, others in traffic.items():  # gradients of norms and biases
+        if "model" in others["axes"] and name not in ("reduce-scatter model", "all-gather model"):
+            assert sum(per["bytes"] for per in others["per_layer"].values()) < 2**20

@@ -26,7 +26,7 @@ from neox_jax.evaluate import score_text
 from neox_jax.metrics import MetricsWriter, read_metrics
 from neox_jax.model import init_model
 from neox_jax.tokenizer import train_tokenizer
-from neox_jax.train import train
+from neox_jax.train import Run, train
 from neox_jax.tree import named_leaves
 
 TINY = ModelConfig.preset("tiny")
@@ -125,6 +125,26 @@ def test_four_steps_are_two_and_a_restart_and_two(data, straight, tmp_path):
 def test_other_meshes_train_alike(data, straight, tmp_path, mesh):
     train(make_config(data, mesh=mesh), tmp_path / "run")
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(straight), atol=1e-4)
+
+
+def test_a_run_says_how_it_is_laid_out(data, tmp_path):
+    mesh = {"data": 1, "fsdp": 2, "pipe": 2, "model": 2}
+    config = make_config(data, mesh=mesh, train={"microbatches": 4, "compiler_options": "v5p"})
+    lines = Run(config, tmp_path / "run").describe()
+    assert lines[0] == "mesh fsdp=2 x pipe=2 x model=2 (cpu)"
+    assert lines[1].startswith("pipeline: every stage waits for 20.0% of a step")  # (2 - 1) / (4 + 2 - 1)
+    assert "compiler option xla_tpu_scoped_vmem_limit_kib=32768 (v5p)" in lines
+    kernel = next(line for line in lines if line.startswith("layers.attention.query_key_value.kernel "))
+    assert kernel.endswith(" over ('pipe', 'fsdp', 'model', None, None): 12.50% on a device")
+    assert Run(make_config(data, mesh={"data": 8}), tmp_path / "run").describe()[0] == "mesh data=8 (cpu)"
+
+
+def test_options_that_the_compiler_does_not_know_are_refused(data, tmp_path):
+    config = make_config(data, mesh={"data": 8}, train={"compiler_options": "v5p"})  # TPU's, and these are CPUs
+    with pytest.raises(InputError, match=r"does not take train.compiler_options 'v5p' .*set it to none"):
+        train(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"'v5pp'.*did you mean 'v5p'"):
+        Run(make_config(data, mesh={"data": 8}, train={"compiler_options": "v5pp"}), tmp_path / "other")
 
 
 def test_going_on_over_another_mesh(data, straight, tmp_path):
