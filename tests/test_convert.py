@@ -1,5 +1,7 @@
 """Conversions as a whole: exact along every path, bounded in memory, whole or not there, and accounted for."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ from variants import VARIANTS, random_model
 import neox_jax
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
-from neox_jax.convert import source, stored
+from neox_jax.convert import files, source, stored
 from neox_jax.convert.hf import load_hf, save_hf
 from neox_jax.convert.neox import save_neox
 from neox_jax.convert.revisions import compare_revisions
@@ -265,6 +267,34 @@ def test_room_that_runs_out_leaves_nothing(format, large, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("refuses", ["nothing", "direct writes", "direct writes, when they come"])
+def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
+    """Of every size around its buffer, in pieces; also on file systems that cannot write past the page cache."""
+    set_flags, write = fcntl.fcntl, os.write
+
+    def refuse_flag(descriptor, command, value=0):
+        if command == fcntl.F_SETFL and value & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return set_flags(descriptor, command, value)
+
+    def refuse_write(descriptor, data):
+        if set_flags(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not aligned for this disk")
+        return write(descriptor, data)
+
+    if refuses == "direct writes":
+        monkeypatch.setattr(files.fcntl, "fcntl", refuse_flag)
+    elif refuses != "nothing":
+        monkeypatch.setattr(files.os, "write", refuse_write)
+    size = files.LARGE_WRITE_BYTES
+    for num_bytes in (0, 1, 4095, 4096, size - 1, size, size + 1, 3 * size + 4097):
+        data = np.random.default_rng(num_bytes).bytes(num_bytes)
+        with files.LargeFile(tmp_path / "file") as file:
+            for start in range(0, num_bytes, 700_001):
+                file.write(data[start : start + 700_001])
+        assert (tmp_path / "file").read_bytes() == data
+
+
 def test_manifest_says_what_was_read_and_written(format, small, tmp_path):
     source.convert(small, tmp_path / "out", format=format, dtype="bfloat16")
     manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())

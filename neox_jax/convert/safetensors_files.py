@@ -4,7 +4,6 @@ The library's own writer wants all of a file's tensors in memory, and its reader
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from neox_jax.convert.byte_reader import FileReader
-from neox_jax.convert.files import one_line, parse_json
+from neox_jax.convert.files import LargeFile, one_line, parse_json
 from neox_jax.convert.lazy_tensor import LazyTensor, is_representable
 from neox_jax.convert.stored import StoredTensor, blocks, num_bytes
 from neox_jax.errors import InputError
@@ -82,10 +81,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         header[name] = spec
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
-    with open(path, "wb") as file:
+    with LargeFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             for block in blocks(tensor):
                 file.write(block.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())

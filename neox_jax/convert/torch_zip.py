@@ -6,6 +6,7 @@ import zipfile
 import zlib
 
 from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, show_name
+from neox_jax.convert.files import write_in_pieces
 
 MAX_MEMBERS, MAX_DIRECTORY_BYTES = 1 << 16, 16 << 20
 ALIGNMENT, WIDE_BYTES = 64, 1 << 30  # a written member of more bytes has zip64 sizes
@@ -193,4 +194,4 @@ def _write_member(archive: zipfile.ZipFile, name: str, num_bytes: int, chunks) -
     info.extra = b"FB" + struct.pack("<H", num_padding) + b"Z" * num_padding
     with archive.open(info, "w", force_zip64=wide) as member:
         for chunk in chunks:
-            member.write(chunk)
+            write_in_pieces(member, chunk)
