@@ -97,6 +97,16 @@ def test_tokenize_round_trip(work):
     assert tokenizer.decode(tokens[:-1].tolist()) == TEXT
 
 
+def test_a_tokenizer_beside_a_damaged_config(work, tmp_path):
+    tokenizer = neox_jax.load_tokenizer(work / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert neox_jax.load_tokenizer(tmp_path).vocab_size == tokenizer.vocab_size
+    (tmp_path / "config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(neox_jax.InputError, match="config.json cannot be read as JSON"):
+        neox_jax.load_tokenizer(tmp_path)
+
+
 def test_train_generate_eval_convert(work):
     run = work / "run"
     fields = {"data.train": work / "tokens", "data.valid": work / "tokens", "data.tokenizer": work / "tokenizer.json"}

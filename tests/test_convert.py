@@ -266,7 +266,6 @@ def test_room_that_runs_out_leaves_nothing(format, large, tmp_path):
 # ---- accounted for
 
 
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("refuses", ["nothing", "direct writes", "direct writes, when they come"])
 def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
     """Of every size around its buffer, in pieces; also on file systems that cannot write past the page cache."""
@@ -295,6 +294,7 @@ def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
         assert (tmp_path / "file").read_bytes() == data
 
 
+@pytest.mark.parametrize("format", FORMATS)
 def test_manifest_says_what_was_read_and_written(format, small, tmp_path):
     source.convert(small, tmp_path / "out", format=format, dtype="bfloat16")
     manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())

@@ -1,7 +1,6 @@
 """One way in and one way out: a SOURCE is recognised by its content, whatever kind it is."""
 
 import dataclasses
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps
 from neox_jax.config import check_choice
 from neox_jax.convert import hf, hub, neox, orbax
-from neox_jax.convert.files import is_partial, written_whole
+from neox_jax.convert.files import is_partial, read_json, written_whole
 from neox_jax.convert.manifest import MANIFEST, Hashing
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
 from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, to_model
@@ -222,5 +221,6 @@ def _stated_eos(folder: Path) -> int | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    values = read_json(path)
+    eos = values.get("eos_token_id") if isinstance(values, dict) else None
     return eos if isinstance(eos, int) else None
