@@ -6,8 +6,8 @@ Makes a checkpoint of GPT-NeoX-20B's width with random weights in FOLDER (which 
 shards that are each larger than what a conversion may take. Each round copies it with cp and converts it to each
 format and back to Hugging Face's, one after the other. A conversion ends when what it wrote is on disk, so cp is timed
 to its end and to the end of a sync behind it. A first round is not counted: it touches memory that the machine has not
-given out yet. Memory is RssAnon, sampled from outside every 5 ms. The bound is
-what it is after the imports, and the largest tensor, and 1 GiB.
+given out yet. Memory is RssAnon, sampled from outside every 5 ms. The bound is what it is after the imports, and the
+largest tensor, and 1 GiB.
 """
 
 import argparse

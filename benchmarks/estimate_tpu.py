@@ -74,6 +74,7 @@ def main():
                 overrides=overrides,
                 mesh=dataclasses.asdict(config.mesh),
                 batch_size=config.train.batch_size,
+                microbatches=config.train.microbatches,
                 remat=config.train.remat,
                 compiler_options=options,
                 jax=jax.__version__,

@@ -39,8 +39,8 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-# What "auto" takes, by the name in `hardware.CHIPS`; others have none.
-PRESET_OF_CHIP = {"TPU v5p": "v5p", "TPU v5e": "v5e", "TPU v6e": "v6e", "H100 SXM": "h100", "H200": "h100"}
+# What "auto" takes, by the name in `hardware.CHIPS`; others have none. The GPUs' has not run on one: by name only.
+PRESET_OF_CHIP = {"TPU v5p": "v5p", "TPU v5e": "v5e", "TPU v6e": "v6e"}
 
 
 def preset_for(preset: str, device_kind: str) -> str:

@@ -241,7 +241,7 @@ class TrainConfig:
     float32, and float16 has NeoX's dynamic loss scale. remat: what of a layer is kept for the backward pass: all
     (none), nothing (full), what products and attention give (dots), or attention's output (save_attention). attention:
     which implementation; auto is splash on TPU, cudnn on GPU in 16 bits, else xla. compiler_options: a preset of
-    `neox_jax.compiler_options`, auto by the chip. seed initialises the parameters."""
+    `neox_jax.compiler_options`, auto by the TPU's kind. seed initialises the parameters."""
 
     steps: int = 1000
     batch_size: int = 32

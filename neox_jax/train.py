@@ -80,9 +80,22 @@ class Run:
         self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, dtype=config.train.dtype)
         check_sharded(self.abstract_state.params, self.mesh)
         self.compiler_preset = preset_for(config.train.compiler_options, self.mesh.devices.flat[0].device_kind)
+        self._check_compiler_options()
         self.tokenizer = self._open_tokenizer()
         self.train_loader, self.valid_loader = self._open_data("train"), self._open_data("valid")
         check_fits(config, self.mesh)
+
+    def _check_compiler_options(self) -> None:
+        """Compiles a sum of nothing with them: the compiler itself knows what it takes."""
+        try:
+            jax.jit(lambda x: x + x).lower(np.float32(0)).compile(compiler_options(self.compiler_preset))
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            raise InputError(
+                f"this compiler does not take train.compiler_options {self.compiler_preset!r} "
+                f"({' '.join(str(error).split())[:200]}); set it to none"
+            ) from error
 
     def _check_same_model(self) -> None:
         path = self.folder / MODEL_FILE
@@ -141,15 +154,7 @@ class Run:
         )
         shape = (train.batch_size, train.seq_length + 1)
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.train_loader.sharding)
-        try:
-            return step.lower(self.abstract_state, tokens).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
-                raise
-            raise InputError(
-                f"this compiler does not take train.compiler_options {self.compiler_preset!r} "
-                f"({' '.join(str(error).split())[:200]}); set it to none"
-            ) from error
+        return step.lower(self.abstract_state, tokens).compile()
 
     def describe(self) -> list[str]:
         """How the run is laid out over its devices, in lines: mesh, bubble, compiler options, each parameter."""

@@ -21,7 +21,7 @@ from variants import VARIANTS, random_model
 import neox_jax
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
-from neox_jax.convert import files, source, stored
+from neox_jax.convert import byte_writer, source, stored
 from neox_jax.convert.hf import load_hf, save_hf
 from neox_jax.convert.neox import save_neox
 from neox_jax.convert.revisions import compare_revisions
@@ -282,13 +282,13 @@ def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
         return write(descriptor, data)
 
     if refuses == "direct writes":
-        monkeypatch.setattr(files.fcntl, "fcntl", refuse_flag)
+        monkeypatch.setattr(byte_writer.fcntl, "fcntl", refuse_flag)
     elif refuses != "nothing":
-        monkeypatch.setattr(files.os, "write", refuse_write)
-    size = files.LARGE_WRITE_BYTES
+        monkeypatch.setattr(byte_writer.os, "write", refuse_write)
+    size = byte_writer.LARGE_WRITE_BYTES
     for num_bytes in (0, 1, 4095, 4096, size - 1, size, size + 1, 3 * size + 4097):
         data = np.random.default_rng(num_bytes).bytes(num_bytes)
-        with files.LargeFile(tmp_path / "file") as file:
+        with byte_writer.LargeFile(tmp_path / "file") as file:
             for start in range(0, num_bytes, 700_001):
                 file.write(data[start : start + 700_001])
         assert (tmp_path / "file").read_bytes() == data

@@ -129,8 +129,9 @@ def test_other_meshes_train_alike(data, straight, tmp_path, mesh):
 
 def test_a_run_says_how_it_is_laid_out(data, tmp_path):
     mesh = {"data": 1, "fsdp": 2, "pipe": 2, "model": 2}
-    config = make_config(data, mesh=mesh, train={"microbatches": 4, "compiler_options": "v5p"})
-    lines = Run(config, tmp_path / "run").describe()
+    run = Run(make_config(data, mesh=mesh, train={"microbatches": 4}), tmp_path / "run")
+    run.compiler_preset = "v5p"  # as on a TPU: these are CPUs, whose compiler does not take it
+    lines = run.describe()
     assert lines[0] == "mesh fsdp=2 x pipe=2 x model=2 (cpu)"
     assert lines[1].startswith("pipeline: every stage waits for 20.0% of a step")  # (2 - 1) / (4 + 2 - 1)
     assert "compiler option xla_tpu_scoped_vmem_limit_kib=32768 (v5p)" in lines
@@ -143,6 +144,7 @@ def test_options_that_the_compiler_does_not_know_are_refused(data, tmp_path):
     config = make_config(data, mesh={"data": 8}, train={"compiler_options": "v5p"})  # TPU's, and these are CPUs
     with pytest.raises(InputError, match=r"does not take train.compiler_options 'v5p' .*set it to none"):
         train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"'v5pp'.*did you mean 'v5p'"):
         Run(make_config(data, mesh={"data": 8}, train={"compiler_options": "v5pp"}), tmp_path / "other")
 

@@ -12,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from neox_jax.convert.byte_reader import FileReader
-from neox_jax.convert.files import LargeFile, one_line, parse_json
+from neox_jax.convert.byte_writer import LargeFile
+from neox_jax.convert.files import one_line, parse_json
 from neox_jax.convert.lazy_tensor import LazyTensor, is_representable
 from neox_jax.convert.stored import StoredTensor, blocks, num_bytes
 from neox_jax.errors import InputError

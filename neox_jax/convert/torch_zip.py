@@ -6,7 +6,7 @@ import zipfile
 import zlib
 
 from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, show_name
-from neox_jax.convert.files import write_in_pieces
+from neox_jax.convert.byte_writer import write_in_pieces
 
 MAX_MEMBERS, MAX_DIRECTORY_BYTES = 1 << 16, 16 << 20
 ALIGNMENT, WIDE_BYTES = 64, 1 << 30  # a written member of more bytes has zip64 sizes

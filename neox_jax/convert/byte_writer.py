@@ -1,0 +1,75 @@
+"""Gigabytes into a file: in pieces, and past the page cache where the file system allows it."""
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+# At a time to a file. Linux 6.18 on ext4, 3 GB and fsync: 1.4 GB/s in writes of 128 KiB, 0.35 in writes of 8 MiB.
+PIECE_BYTES = 128 << 10
+LARGE_WRITE_BYTES = 1 << 20
+
+
+def write_in_pieces(file, data) -> None:
+    """Writes a buffer of bytes by PIECE_BYTES."""
+    view = memoryview(data)
+    for start in range(0, len(view), PIECE_BYTES):
+        file.write(view[start : start + PIECE_BYTES])
+
+
+class LargeFile:
+    """A new file that is written once from its start to its end; leaving it without an error waits for the disk.
+
+    Past the page cache where the file system allows it: its pages cost more time than the bytes (measured as
+    PIECE_BYTES: 1.75 GB/s with 0.07 s of processor time a gigabyte, 0.6 s through the cache), and reading is faster
+    for what they would have displaced.
+    """
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._direct = self._set_direct(True)
+        self._buffer, self._filled = mmap.mmap(-1, LARGE_WRITE_BYTES), 0  # of whole pages, as direct writes want
+
+    def _set_direct(self, wanted: bool) -> bool:
+        """Whether writes go past the page cache from now on."""
+        flag = getattr(os, "O_DIRECT", 0)
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~flag
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | flag if wanted else flags)
+        except OSError:
+            return False  # not on this file system
+        return wanted and flag != 0
+
+    def __enter__(self) -> "LargeFile":
+        return self
+
+    def write(self, data) -> None:
+        view = memoryview(data)
+        while view:
+            part = view[: LARGE_WRITE_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled, view = self._filled + len(part), view[len(part) :]
+            if self._filled == LARGE_WRITE_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        left = memoryview(self._buffer)[: self._filled]
+        while left:
+            if self._direct and len(left) % mmap.PAGESIZE:  # the end of the file, or what a full disk did not take
+                self._direct = self._set_direct(False)
+            try:
+                left = left[os.write(self._descriptor, left if self._direct else left[:PIECE_BYTES]) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = self._set_direct(False)  # a file system that says only now that it cannot
+        self._filled = 0
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
