@@ -1,4 +1,6 @@
-"""`neox-jax VERB`: the command line. Exit codes: 0 done, 2 bad usage, 65 bad data, config or mesh, 75 start again."""
+"""`neox-jax VERB`: the command line. Exit codes: 0 done, 2 bad usage, 65 bad data, config or mesh, 70 numbers went
+bad, 75 start again.
+"""
 
 import argparse
 import contextlib
@@ -12,9 +14,9 @@ import time
 from pathlib import Path
 
 import neox_jax
-from neox_jax.errors import InputError
+from neox_jax.errors import InputError, NumbersError
 
-EXIT_BAD_INPUT, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 75, 143
+EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 70, 75, 143
 MAX_SHARED = 10  # lines of parts that revisions share
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
@@ -30,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at warning level
     try:
         return args.run(args) or 0
-    except InputError as error:
+    except (InputError, NumbersError) as error:
         if args.debug:
             raise
         print(f"neox-jax: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_BAD_NUMBERS
     except KeyboardInterrupt:
         print("neox-jax: interrupted", file=sys.stderr)
         return 130
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE", help="a file that defines get_config(), as those in configs/")
     add("--workdir", required=True, metavar="DIR", help="the run folder: checkpoints, metrics, configuration")
     add("--config.FIELD=VALUE", dest="shown_only", action="store_true", help="override a field, as train.steps=100")
+    add("--accept-changes", action="store_true", help="go on with fields that make it another run than it was")
     add("--distributed", choices=("auto", "off"), help="auto: one of the processes of a TPU pod, srun or Open MPI")
     add("--coordinator", metavar="HOST:PORT", help="one of several processes on plain machines: where process 0 is met")
     add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
@@ -169,16 +172,18 @@ def _train(args) -> int:
     if any(value is not None for value in plain) and (None in plain or args.distributed is not None):
         return _usage("train takes --coordinator, --num-processes and --process-id together, or --distributed")
     from neox_jax import distributed
-    from neox_jax.config import load_config
+    from neox_jax.config import flatten, load_config
 
     place, config, problem = _find_place(args), None, None
     try:
         config = load_config(args.config, args.overrides)
     except InputError as error:  # which the other processes are told of
         problem = error
+    facts = {} if config is None else flatten(dataclasses.asdict(config), "config.")
+    facts["--accept-changes"] = args.accept_changes
     with distributed.joined(
         place,
-        facts={} if config is None else distributed.flatten(dataclasses.asdict(config), "config"),
+        facts=facts,
         problem=problem,
         timeout_seconds=args.distributed_timeout,
         heartbeat_seconds=args.heartbeat_timeout,
@@ -186,7 +191,7 @@ def _train(args) -> int:
     ) as peers:
         from neox_jax.train import train
 
-        result = train(config, args.workdir, peers=peers)
+        result = train(config, args.workdir, peers=peers, accept_changes=args.accept_changes)
     return _report_training(result) if peers.process_id == 0 else EXIT_START_AGAIN if result.interrupted else 0
 
 

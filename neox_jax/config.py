@@ -341,6 +341,29 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What a run bears before it stops; 0 means never.
+
+    skip_grad_norm: an update whose gradient norm, before clipping, is above it is skipped, as one that is not finite
+    always is. max_skipped: so many skipped in a row end the run. step_seconds: a step that takes longer ends it, to be
+    started again. compare_replicas: every so many steps copies that should be equal are compared. slow_hosts: every so
+    many steps the hosts' times are compared.
+    """
+
+    skip_grad_norm: float = 0.0
+    max_skipped: int = 20
+    step_seconds: int = 1800
+    compare_replicas: int = 1000
+    slow_hosts: int = 50
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
+                raise InputError(f"safety.{field.name} is {value!r}; it must be 0 (never) or above")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. init_from: a SOURCE whose weights and model fields replace `model` (its optimizer starts afresh)."""
 
@@ -353,6 +376,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    safety: SafetyConfig = SafetyConfig()
 
     def __post_init__(self):
         if not self.init_from:  # else the model is known only when the source has been read
@@ -366,6 +390,14 @@ class Config:
             )
 
 
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dicts as one: "train.steps" to its value. prefix: before each name, as "config."."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 SECTIONS = {
     "mesh": MeshConfig,
     "train": TrainConfig,
@@ -374,6 +406,7 @@ SECTIONS = {
     "checkpoint": CheckpointConfig,
     "eval": EvalConfig,
     "log": LogConfig,
+    "safety": SafetyConfig,
 }
 
 

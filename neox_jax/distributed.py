@@ -131,10 +131,3 @@ def _start_jax(place: Place, peers: Peers, *, timeout_seconds: int, heartbeat_se
         coordinator_bind_address=address and (f"[{address}]:{port}" if ":" in address else f"{address}:{port}"),
     )
     peers.note_signals()  # after jax, whose own handler of SIGTERM would take them
-
-
-def flatten(values, prefix: str) -> dict:
-    """Nested dicts as one: 'config.train.steps' to its value."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    return {name: leaf for key, inner in values.items() for name, leaf in flatten(inner, f"{prefix}.{key}").items()}

@@ -1,7 +1,7 @@
 """Trains a model from a configuration into a run folder; the same call again goes on where it stopped.
 
-A run folder holds config.json, model.json, tokenizer.json, metrics.jsonl, tensorboard/ and checkpoints/STEP/. Of
-several processes all do the same; the first alone writes what is not a checkpoint, and speaks.
+A run folder holds config.json, model.json, tokenizer.json, metrics.jsonl, events.jsonl, tensorboard/ and
+checkpoints/STEP/. Of several processes all do the same; the first alone writes what is not a checkpoint, and speaks.
 """
 
 import dataclasses
@@ -19,12 +19,16 @@ from jax.sharding import AxisType, Mesh
 from neox_jax.checkpoint.manager import STEPS_FOLDER, RunCheckpoints, list_steps
 from neox_jax.compiler_options import compiler_options, preset_for
 from neox_jax.config import Config, ModelConfig
+from neox_jax.continuity import changed_fields
+from neox_jax.convert.files import read_json
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.index import open_samples
 from neox_jax.data.loader import Loader
 from neox_jax.errors import InputError
+from neox_jax.events import Events
 from neox_jax.generation import generate
 from neox_jax.hardware import peak_flops
+from neox_jax.health import Health
 from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
@@ -54,9 +58,17 @@ class TrainResult:
 class Run:
     """Everything that a run needs, checked and opened before anything is written."""
 
-    def __init__(self, config: Config, folder: Path, devices=None, peers: Alone | Peers | None = None):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        devices=None,
+        peers: Alone | Peers | None = None,
+        accept_changes: bool = False,
+    ):
         self.folder = Path(folder)
         self.peers = Alone() if peers is None else peers
+        self.events = Events(self.folder, muted=self.peers.process_id != 0)
         if jax.process_count() != self.peers.num_processes:
             raise InputError(
                 f"this is one of {jax.process_count()} processes of jax, and {self.peers.num_processes} of the run; "
@@ -69,12 +81,16 @@ class Run:
             self.initial_params = pure_params(initial)
             config = dataclasses.replace(config, model=initial.config)
         elif config.init_from:  # under way already: the source is not needed again
-            config = dataclasses.replace(
-                config, model=ModelConfig(**json.loads((self.folder / MODEL_FILE).read_text()))
-            )
+            config = dataclasses.replace(config, model=ModelConfig(**read_json(self.folder / MODEL_FILE)))
         config.check_seq_length()
         self.config = config
         self._check_same_model()
+        self.changes = self._changed_fields()
+        if self.changes and not accept_changes:
+            raise InputError(
+                f"{self.folder} holds a run of another configuration ({'; '.join(self.changes)}); use another "
+                "--workdir, or go on from its newest checkpoint with --accept-changes"
+            )
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, dtype=config.train.dtype)
@@ -101,12 +117,18 @@ class Run:
         path = self.folder / MODEL_FILE
         if not path.is_file():
             return
-        there, wanted = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(self.config.model)
+        there, wanted = read_json(path), dataclasses.asdict(self.config.model)
         differing = [f"{k} {there.get(k)!r}, not {wanted[k]!r}" for k in wanted if there.get(k) != wanted[k]]
         if differing:
             raise InputError(
                 f"{self.folder} holds a run of another model ({'; '.join(differing)}); use another --workdir"
             )
+
+    def _changed_fields(self) -> list[str]:
+        path = self.folder / CONFIG_FILE
+        if not path.is_file() or not list_steps(self.folder / STEPS_FOLDER):
+            return []
+        return changed_fields(read_json(path), dataclasses.asdict(self.config))
 
     def _open_tokenizer(self) -> Tokenizer | None:
         if not self.config.data.tokenizer:
@@ -225,30 +247,41 @@ class Run:
 _SHARE = "--workdir must be one folder that all hosts share"
 
 
-def train(config: Config, folder: str | Path, *, devices=None, peers: Alone | Peers | None = None) -> TrainResult:
+def train(
+    config: Config,
+    folder: str | Path,
+    *,
+    devices=None,
+    peers: Alone | Peers | None = None,
+    accept_changes: bool = False,
+) -> TrainResult:
     """Trains until train.steps, from the newest checkpoint in `folder` or from the start.
 
     SIGTERM and Ctrl-C end the step, save and return `interrupted`. peers: of `neox_jax.distributed.joined`, where this
-    is one of several processes, each of which calls this alike and gets the same result.
-    Raises: InputError before anything is written.
+    is one of several processes, each of which calls this alike and gets the same result. accept_changes: go on with
+    fields that make it another run than it was.
+    Raises: InputError before anything is written; NumbersError where too many updates in a row were skipped.
     """
-    run = Run(config, Path(folder), devices, peers)
+    run = Run(config, Path(folder), devices, peers, accept_changes)
     peers, config = run.peers, run.config
     run.check_same_data()
     run.write_files()
     checkpoints = RunCheckpoints(run.folder, config.checkpoint)
     start = run.latest_step(checkpoints)
     if peers.num_processes > 1:
-        _say(run, f"{peers.num_processes} processes on {', '.join(sorted(set(peers.hosts)))}; {run.mesh.size} devices")
+        hosts = ", ".join(sorted(set(peers.hosts)))
+        run.events.say(f"{peers.num_processes} processes on {hosts}; {run.mesh.size} devices")
     for line in run.describe():
-        _say(run, line)
+        run.events.say(line)
     if start is None:
         start = 0
         state = run.init_state()
         checkpoints.save(0, state, run.config.model)
     else:
         state = checkpoints.restore(start, run.abstract_state)
-        _say(run, f"going on from step {start} of {config.train.steps} in {run.folder}")
+        run.events.say(f"going on from step {start} of {config.train.steps} in {run.folder}", start)
+    for change in run.changes:
+        run.events.say(f"another configuration from here on: {change}", start)
     writer = MetricsWriter(run.folder, start_step=start) if peers.process_id == 0 else None
     try:
         with peers:  # an error ends all processes before `close` waits for what they were saving together
@@ -270,7 +303,7 @@ def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, 
     if start >= config.train.steps:
         return state, start, False
     compiled_step = run.compile_step()
-    meter = _Meter(run)
+    meter, health = _Meter(run), Health(config, run.events.say)
     batches = run.train_loader.batches(start, config.train.steps)
     progress = None if writer is None else Progress("training", total=config.train.steps, start=start)
     try:
@@ -279,6 +312,7 @@ def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, 
                 state, metrics = compiled_step(state, tokens)
                 step = index + 1
                 meter.add(wait_seconds, metrics)
+                health.see(step, metrics)
                 if step % config.log.every == 0 or step == config.train.steps:
                     line = meter.line(step)
                     if config.eval.every and step % config.eval.every == 0:
@@ -294,6 +328,7 @@ def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, 
                 stop = run.peers.agree_to_stop(step)
                 if stop:
                     break
+            health.finish()
     finally:
         batches.close()
         if progress is not None:
@@ -407,8 +442,3 @@ def _becomes_true(holds) -> bool:
 
 def _step(step: int | None) -> str:
     return "none" if step is None else f"of step {step}"
-
-
-def _say(run: Run, text: str) -> None:
-    if run.peers.process_id == 0:
-        print(text, flush=True)

@@ -160,14 +160,16 @@ def train_step(
     attention,
     microbatches,
     mesh,
+    skip_grad_norm=0.0,
     moment_shardings=None,
 ):
-    """Applies one update, or none where the loss or the gradient norm is not finite.
+    """Applies one update, or none where the loss or the gradient norm is not finite or the norm above skip_grad_norm.
 
     Shapes: tokens [B,T+1]. Metrics (float32 []): loss and grad_norm (before clipping) of this batch, learning_rate
     used, skipped (0 or 1). A skipped step changes nothing but `step`: the schedule and every moment stay. In float16
     gradients that are not finite have overflowed: that is `overflowed`, not `skipped`, and lowers `loss_scale`.
-    moment_shardings: where the optimizer's moments live, and so where gradients are summed to.
+    skip_grad_norm: 0 for no limit. moment_shardings: where the optimizer's moments live, and so where gradients are
+    summed to.
     """
 
     def pin(gradients):
@@ -187,22 +189,23 @@ def train_step(
     )
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    applied = finite & (grad_norm <= skip_grad_norm) if skip_grad_norm else finite
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     new = (optax.apply_updates(state.params, updates), optimizer_state)
     params, optimizer_state = jax.tree.map(
-        functools.partial(jnp.where, finite), new, (state.params, state.optimizer_state)
+        functools.partial(jnp.where, applied), new, (state.params, state.optimizer_state)
     )
-    not_applied = 1 - finite.astype(jnp.int32)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
         "learning_rate": schedule(num_updates(state.optimizer_state)),
-        "skipped": not_applied,
+        "skipped": (~applied).astype(jnp.int32),
     }
     loss_scale = None
     if state.loss_scale is not None:
         loss_scale = update_loss_scale(state.loss_scale, finite)
-        metrics |= {"skipped": jnp.int32(0), "overflowed": not_applied, "loss_scale": state.loss_scale.scale}
+        metrics |= {"overflowed": (~finite).astype(jnp.int32), "loss_scale": state.loss_scale.scale}
+        metrics["skipped"] -= metrics["overflowed"]
     state = TrainState(step=state.step + 1, params=params, optimizer_state=optimizer_state, loss_scale=loss_scale)
     return state, metrics
 
@@ -223,6 +226,7 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
         attention=config.train.attention,
         microbatches=config.train.microbatches,
         mesh=mesh,
+        skip_grad_norm=config.safety.skip_grad_norm,
         moment_shardings=optax.tree.get(state_shardings.optimizer_state, "mu"),
     )
     options = compiler_options(config.train.compiler_options, mesh.devices.flat[0].device_kind)

@@ -21,3 +21,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data beside the checkout ({folder.name}/ with 20B_tokenizer.json is needed)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with a tokenizer and tokens to train on: see `runs.make_data`."""
+    from runs import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))

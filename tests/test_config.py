@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neox_jax.config import PRESETS, Config, ModelConfig, OptimizerConfig, TrainConfig, load_config
+from neox_jax.config import PRESETS, Config, ModelConfig, OptimizerConfig, TrainConfig, flatten, load_config
 from neox_jax.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -222,3 +222,7 @@ def test_every_field_is_read_by_something():
 def test_defaults_are_checked_too():
     assert TrainConfig().batch_size % TrainConfig().microbatches == 0
     assert OptimizerConfig().schedule == "cosine_floor"
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": (2,)}, "d": None}, "x.") == {"x.a.b": 1, "x.a.c": (2,), "x.d": None}

@@ -23,7 +23,7 @@ import neox_jax
 from neox_jax.checkpoint.manager import list_steps
 from neox_jax.config import ModelConfig, load_config
 from neox_jax.data.megatron import IndexedDatasetWriter
-from neox_jax.distributed import Place, check_alone, detect_place, flatten
+from neox_jax.distributed import Place, check_alone, detect_place
 from neox_jax.errors import InputError
 from neox_jax.metrics import read_metrics
 from neox_jax.model import init_model
@@ -361,10 +361,6 @@ def test_nothing_detected(monkeypatch):
         InputError, match=r"found no TPU pod, SLURM step \(srun\) or Open MPI job .* give --coordinator"
     ):
         detect_place(timeout_seconds=5)
-
-
-def test_flatten():
-    assert flatten({"a": {"b": 1, "c": (2,)}, "d": None}, "x") == {"x.a.b": 1, "x.a.c": (2,), "x.d": None}
 
 
 # --- one run, whatever the number of processes -----------------------------------------------------------------------

@@ -197,7 +197,7 @@ LEVELS = {
     2: ["model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],
     3.5: ["data"],
-    4: ["checkpoint", "convert", "metrics"],
+    4: ["checkpoint", "convert", "metrics", "events", "health", "continuity"],
     5: ["train", "evaluate", "bench", "estimate"],
     6: ["cli"],
 }

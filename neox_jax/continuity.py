@@ -1,0 +1,24 @@
+"""Which fields of a configuration make a run that goes on another run than it was."""
+
+import json
+
+from neox_jax.config import flatten
+
+# What the steps to come depend on ("optimizer." is all of it); every other field may be changed between two starts.
+DEPENDS_ON = ("train.batch_size", "train.seq_length", "train.dtype", "train.seed", "optimizer.")
+DEPENDS_ON += ("data.train", "data.split", "data.order", "data.seed", "data.num_samples")
+
+
+def changed_fields(before: dict, now: dict) -> list[str]:
+    """Names each field on which the steps to come depend, where a run's `config.json` and its configuration differ:
+    "optimizer.b2 is 0.99, was 0.95". Not `model`, whose fields are compared with model.json, nor `train.steps` where it
+    only moves the schedule's end.
+
+    before, now: configurations as nested dicts. What only one of them has is of another version: left out.
+    """
+    before, now = flatten(before), flatten(json.loads(json.dumps(now)))
+    depends_on = DEPENDS_ON
+    if now["data.order"] == "megatron" and not now["data.num_samples"]:
+        depends_on += ("train.steps",)  # then it is how many samples are put in order
+    names = [name for name in now if name in before and before[name] != now[name]]
+    return [f"{name} is {now[name]!r}, was {before[name]!r}" for name in names if name.startswith(depends_on)]

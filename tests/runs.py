@@ -1,0 +1,90 @@
+"""Small runs in real folders and real processes, for the tests that need them."""
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import neox_jax
+from neox_jax.config import SECTIONS, Config, MeshConfig, ModelConfig
+from neox_jax.data.megatron import IndexedDatasetWriter
+from neox_jax.metrics import read_metrics
+from neox_jax.tokenizer import train_tokenizer
+from neox_jax.tree import named_leaves
+
+TINY = ModelConfig.preset("tiny")
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = [p.read_text(encoding="utf-8") for p in sorted((ROOT / "neox_jax").glob("*.py"))]
+
+
+def make_data(folder: Path) -> Path:
+    """Writes tokenizer.json and train, valid and short .{bin,idx} of this project's own source."""
+    tokenizer = train_tokenizer(TEXTS, vocab_size=512)
+    tokenizer.save(folder / "tokenizer.json")
+    for name, texts in (("train", TEXTS[2:]), ("valid", TEXTS[:2])):
+        with IndexedDatasetWriter(folder / name, np.uint16) as writer:
+            for text in texts:
+                writer.add_document([*tokenizer.encode(text), tokenizer.eos_token_id])
+    with IndexedDatasetWriter(folder / "short", np.uint16) as writer:
+        writer.add_document([1] * 250)
+    return folder
+
+
+def make_config(folder: Path, *, mesh=None, model=TINY, **sections) -> Config:
+    defaults = {
+        "train": {"steps": 4, "batch_size": 8, "seq_length": 32},
+        "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 1},
+        "data": {"train": str(folder / "train"), "tokenizer": str(folder / "tokenizer.json")},
+        "checkpoint": {"every": 2},
+        "eval": {"sample_tokens": 0},
+        "log": {"every": 1, "batch_digest": True},
+        "safety": {},
+    }
+    made = {
+        name: kind(**{**defaults[name], **sections.get(name, {})})
+        for name, kind in SECTIONS.items()
+        if name in defaults
+    }
+    return Config(model=model, mesh=MeshConfig(**(mesh or {})), **made)
+
+
+def params_digest(folder: Path, step: int) -> str:
+    model = neox_jax.load_model(f"{folder}@{step}")
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(model).items()):
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def run_cli(*arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "neox_jax.cli", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def train_arguments(data, folder, **overrides):
+    fields = {"data.train": data / "train", "data.tokenizer": data / "tokenizer.json", "eval.sample_tokens": 0}
+    fields |= overrides
+    return [
+        "train",
+        "--config",
+        "configs/tiny.py",
+        "--workdir",
+        folder,
+        *(f"--config.{k}={v}" for k, v in fields.items()),
+    ]
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} within two minutes")
