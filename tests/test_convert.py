@@ -21,7 +21,7 @@ from variants import VARIANTS, random_model
 import neox_jax
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
-from neox_jax.convert import byte_writer, source, stored
+from neox_jax.convert import byte_writer, manifest, source, stored
 from neox_jax.convert.hf import load_hf, save_hf
 from neox_jax.convert.neox import save_neox
 from neox_jax.convert.revisions import compare_revisions
@@ -310,6 +310,31 @@ def test_manifest_says_what_was_read_and_written(format, small, tmp_path):
     for name, about in manifest["tensors"].items():
         digest = hashlib.sha256(written[name].tobytes()).hexdigest()
         assert about == {"dtype": "bfloat16", "shape": list(written[name].shape), "sha256": digest}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tensors_hashed_as_they_are_written_have_the_digests_of_whole_ones(format, small, tmp_path, monkeypatch):
+    """In many blocks, and whatever the format that they are read from."""
+    source.convert(small, tmp_path / "first", format=format)
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(manifest, "WAITING_BYTES", 2500)
+    source.convert(tmp_path / "first", tmp_path / "again", format="hf")
+    found = json.loads((tmp_path / "again" / "conversion.json").read_text())["tensors"]
+    wanted = load_file(small / "model.safetensors")
+    assert list(found) == list(source.open_source(small).tensors)
+    assert {name: about["sha256"] for name, about in found.items()} == {
+        name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in wanted.items()
+    }
+
+
+def test_a_tensor_that_is_not_read_in_order_is_not_hashed_as_if_it_were(small):
+    with manifest.Hashing(source.open_source(small)) as hashing:
+        tensor = hashing.follow_tensors().tensors["gpt_neox.embed_in.weight"]
+        with pytest.raises(AssertionError, match="rows"):
+            tensor.read((slice(1, 2), slice(0, 32)))
+        tensor.read((slice(0, 1), slice(0, 32)))
+        with pytest.raises(AssertionError, match="rows"):
+            tensor.read((slice(1, 2), slice(0, 16)))
 
 
 def test_verify_finds_what_changed_since_it_was_written(small, tmp_path, capsys):

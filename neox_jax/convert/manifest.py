@@ -4,37 +4,50 @@ A tensor's digest is of its bytes under Hugging Face's name, in that layout, wha
 same weights have the same digests everywhere.
 """
 
+import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 import neox_jax
 from neox_jax.convert.files import read_json, to_json
-from neox_jax.convert.stored import StoredModel, blocks
+from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, blocks
 from neox_jax.errors import InputError
 
 MANIFEST, FORMAT = "conversion.json", 1
 HASHED_BYTES = 1 << 20  # of a file at a time: they stay in the processor's cache (1.65 GB/s; by 8 MiB 1.49)
+WAITING_BYTES = 2 * BLOCK_BYTES  # read and not hashed yet, or one part that is larger
 
 
 class Hashing:
-    """Hashes a source's files and tensors in two threads while a conversion goes on; leaving it stops them."""
+    """Hashes a source's files and tensors while a conversion goes on, each in a thread; leaving it stops them."""
 
     def __init__(self, stored: StoredModel):
         self._stored, self._cancelled = stored, threading.Event()
-        self._threads = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="hashing")
+        self._threads = [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hashing") for _ in range(2)]
 
     def __enter__(self) -> "Hashing":
-        self._files = self._threads.submit(_hash_files, self._stored.files, self._cancelled)
-        self._tensors = self._threads.submit(hash_tensors, self._stored, self._cancelled)
+        self._files = self._threads[0].submit(_hash_files, self._stored.files, self._cancelled)
         return self
 
     def __exit__(self, *_) -> None:
         self._cancelled.set()
-        self._threads.shutdown()
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+
+    def read_tensors(self) -> None:
+        """Has the tensors read once more, to be hashed."""
+        self._tensors = self._threads[1].submit(hash_tensors, self._stored, self._cancelled)
+
+    def follow_tensors(self) -> StoredModel:
+        """The same model, which is hashed as it is read: each tensor once, whole rows in order."""
+        self._tensors = _Followed(self._stored, self._threads[1])
+        return self._tensors.stored
 
     def write(self, folder: Path, **about) -> None:
         """Writes the manifest into `folder` once everything is hashed. about: what else it shall say."""
@@ -44,18 +57,63 @@ class Hashing:
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
+class _Followed:
+    """A model whose parts are hashed in a thread as they are read."""
+
+    def __init__(self, stored: StoredModel, thread: concurrent.futures.Executor):
+        self._thread, self._waiting = thread, collections.deque()
+        self._tensors = {name: _FollowedTensor(tensor, self._hash) for name, tensor in stored.tensors.items()}
+        self.stored = dataclasses.replace(stored, tensors=self._tensors)
+
+    def _hash(self, digest, part: np.ndarray) -> None:
+        while self._waiting and sum(num_bytes for _, num_bytes in self._waiting) + part.nbytes > WAITING_BYTES:
+            self._waiting.popleft()[0].result()
+        self._waiting.append((self._thread.submit(digest.update, _bytes(part)), part.nbytes))
+
+    def result(self) -> dict[str, dict]:
+        """As `hash_tensors`, once everything is read and hashed."""
+        for hashed, _ in self._waiting:
+            hashed.result()
+        return {name: tensor.about() for name, tensor in self._tensors.items()}
+
+
+class _FollowedTensor:
+    def __init__(self, tensor: StoredTensor, hash: Callable):
+        self.shape, self.dtype, self.row_unit = tensor.shape, np.dtype(tensor.dtype), getattr(tensor, "row_unit", 1)
+        self._tensor, self._hash, self._digest, self._num_rows = tensor, hash, hashlib.sha256(), 0
+
+    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
+        assert slices[0].start == self._num_rows, "not the rows that come next"
+        part = np.ascontiguousarray(self._tensor.read(slices))
+        assert part.shape[1:] == self.shape[1:], "not whole rows"
+        self._num_rows += len(part)
+        self._hash(self._digest, part)
+        return part
+
+    def about(self) -> dict:
+        assert self._num_rows == self.shape[0], "rows have not been read"
+        return _about(self, self._digest)
+
+
 def hash_tensors(stored: StoredModel, cancelled: threading.Event | None = None) -> dict[str, dict]:
     """Maps each tensor's name to its dtype, shape and SHA-256."""
-    digests = {}
+    found = {}
     for name, tensor in stored.tensors.items():
         digest = hashlib.sha256()
         for block in blocks(tensor):
             if cancelled is not None and cancelled.is_set():
                 return {}
-            digest.update(block.reshape(-1).view(np.uint8).data)
-        about = {"dtype": np.dtype(tensor.dtype).name, "shape": list(tensor.shape)}
-        digests[name] = {**about, "sha256": digest.hexdigest()}
-    return digests
+            digest.update(_bytes(block))
+        found[name] = _about(tensor, digest)
+    return found
+
+
+def _about(tensor: StoredTensor, digest) -> dict:
+    return {"dtype": np.dtype(tensor.dtype).name, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
+
+
+def _bytes(part: np.ndarray) -> memoryview:
+    return part.reshape(-1).view(np.uint8).data
 
 
 def _hash_files(paths: tuple[Path, ...], cancelled: threading.Event) -> dict[str, dict]:
