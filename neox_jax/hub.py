@@ -14,14 +14,15 @@ import time
 
 from neox_jax.errors import InputError
 
-EXIT_DEFECT, EXIT_BAD_INPUT, EXIT_START_AGAIN = 1, 65, 75
+EXIT_DEFECT, EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN = 1, 65, 70, 75
 PROTOCOL = 1
 MAX_LINE_BYTES = 2**20
 HELLO_SECONDS = 10  # for a connection to say who it is
 LATECOMER_SECONDS = 5  # how long those that come after a problem is known are waited for, so that they learn of it
+ROLL_SECONDS = 5  # for all to answer to a roll call
 LEAVE_SECONDS = 5  # for all to leave before process 0, whose end jax would report in its own way
 RETRY_SECONDS = 0.2
-MAX_DIFFERENCES = 3
+MAX_DIFFERENCES, MAX_NAMED = 3, 10
 AGAIN = "the same command goes on from the last checkpoint"
 
 
@@ -53,6 +54,7 @@ class Hub(threading.Thread):
         self._meeting, self._ended = True, False
         self._calls: dict[int, dict] = {}
         self._steps: dict[int, int] | None = None
+        self._roll: dict[int, int] | None = None
 
     def run(self) -> None:
         asyncio.run(self._serve())
@@ -160,6 +162,14 @@ class Hub(threading.Thread):
                 self._steps[member.id] = message["step"]
                 if len(self._steps) == self._num_processes:
                     self._tell({"op": "stop", "step": max(self._steps.values()) + 1})
+            case "stuck" if self._roll is None:
+                self._roll, self._stuck = {}, message["line"]
+                self._tell({"op": "roll"})
+                asyncio.get_running_loop().call_later(ROLL_SECONDS, self._end_roll)
+            case "here":
+                self._roll[member.id] = message["step"]
+                if len(self._roll) == len(self._present()):
+                    self._end_roll()
             case "fail":
                 self._end(f"{member}: {message['line']}", message["code"])
             case "bye":
@@ -193,12 +203,30 @@ class Hub(threading.Thread):
     def _report_late(self, number: int) -> None:
         call = self._calls[number]
         missing = [i for i in range(self._num_processes) if i not in call["values"]]
-        names = ", ".join(f"{self._members[i].host} ({i})" for i in missing[:10])
+        names = ", ".join(f"{self._members[i].host} ({i})" for i in missing[:MAX_NAMED])
         self._end(
             f"{_numbered(missing)} (of {self._num_processes}), on {names}, did not come to {call['what']!r} within "
             f"{self._timeout_seconds:g} s; {AGAIN}",
             EXIT_START_AGAIN,
         )
+
+    def _end_roll(self) -> None:
+        """Ends all with a line that names the silent or, where all answered, those that are behind."""
+        steps = {self._members[i]: step for i, step in self._roll.items()}
+        silent = [member for member in self._present() if member not in steps]
+        first, last = min(steps.values(), default=0), max(steps.values(), default=0)
+        behind = [member for member, step in steps.items() if step == first]
+        if silent:
+            verb = "does" if len(silent) == 1 else "do"
+            who = f"{_listed(silent)} {verb} not answer (stopped, or the host is gone)"
+        elif first < last:
+            who = f"{_listed(behind)} {'is' if len(behind) == 1 else 'are'} {_at(first)}, the furthest {_at(last)}"
+        else:
+            who = f"all {len(steps)} processes answer, and are {_at(first)}"
+        self._end(f"{self._stuck}: {who}; {AGAIN}", EXIT_START_AGAIN)
+
+    def _present(self) -> list[_Member]:
+        return [self._members[i] for i in sorted(self._members) if not self._members[i].left]
 
     def _end(self, line: str, code: int) -> None:
         """The first reason is the one that all end with."""
@@ -211,6 +239,16 @@ class Hub(threading.Thread):
         for member in self._connected:
             with contextlib.suppress(OSError):
                 member.writer.write(encode(message))
+
+
+def _listed(members: list[_Member]) -> str:
+    """'process 3 (c), process 5 (e)'; of many the first."""
+    more = f" and {len(members) - MAX_NAMED} more" if len(members) > MAX_NAMED else ""
+    return ", ".join(map(str, members[:MAX_NAMED])) + more
+
+
+def _at(step: int) -> str:
+    return f"at step {step}" if step else "before the first step"
 
 
 def _difference(member: _Member, facts: dict, first_host: str, wanted: dict) -> str | None:

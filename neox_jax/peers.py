@@ -15,10 +15,11 @@ import threading
 import time
 import traceback
 
-from neox_jax.errors import InputError
+from neox_jax.errors import InputError, NumbersError
 from neox_jax.hub import (
     AGAIN,
     EXIT_BAD_INPUT,
+    EXIT_BAD_NUMBERS,
     EXIT_DEFECT,
     EXIT_START_AGAIN,
     HELLO_SECONDS,
@@ -27,6 +28,7 @@ from neox_jax.hub import (
     MAX_LINE_BYTES,
     PROTOCOL,
     RETRY_SECONDS,
+    ROLL_SECONDS,
     Hub,
     decode,
     encode,
@@ -69,6 +71,7 @@ class Alone:
 
     def __init__(self):
         self.hosts = (socket.gethostname(),)
+        self.on_roll_call = None
         self._signal = None
 
     def gather(self, what: str, value=None) -> list:
@@ -88,6 +91,11 @@ class Alone:
     def agree_to_stop(self, step: int) -> bool:
         return self._signal.requested
 
+    def end_stuck(self, line: str) -> None:
+        """Ends the process, whatever its main thread is in."""
+        _say(f"{line}; {AGAIN}")
+        _exit(EXIT_START_AGAIN)
+
     def __enter__(self):
         return self
 
@@ -98,14 +106,16 @@ class Alone:
 class Peers:
     """One process's place among the `num_processes` of a run; made by `meet`.
 
-    hosts: the host of each process. As a context it ends the process, and all others, where its body raises: a process
-    that left by itself would be waited for, by the others in a collective and by itself when jax shuts down.
+    hosts: the host of each process. on_roll_call: called, in another thread, before all are ended because one hangs. As
+    a context it ends the process, and all others, where its body raises: a process that left by itself would be waited
+    for, by the others in a collective and by itself when jax shuts down.
     """
 
     def __init__(self, connection: socket.socket, lines, hello: dict, welcome: dict, timeout_seconds: float, hub=None):
         self.process_id, self.num_processes = hello["id"], hello["num_processes"]
         self.hosts = tuple(welcome["hosts"])
         self.debug = False  # show the traceback of an InputError
+        self.on_roll_call = None
         self._connection, self._lines, self._hub = connection, lines, hub
         self._timeout_seconds = timeout_seconds
         self._sending, self._changed, self._ending = threading.Lock(), threading.Condition(), threading.Lock()
@@ -161,6 +171,16 @@ class Peers:
             self._send({"op": "stop"})
         return stop
 
+    def end_stuck(self, line: str) -> None:
+        """Ends all processes with this line and who it is that hangs: those that do not answer, or are behind.
+
+        line: what takes too long, as this process sees it. A process that answers nothing because it is stopped finds
+        out, and ends, when it goes on.
+        """
+        self._send({"op": "stuck", "line": line})
+        time.sleep(ROLL_SECONDS + LEAVE_SECONDS)  # the reader ends this process before that
+        self._end(f"{line}: process 0 ({self.hosts[0]}) does not answer; {AGAIN}", EXIT_START_AGAIN)
+
     def close(self) -> None:
         """Says goodbye: from now on nobody minds that this process ends."""
         self._closed = True
@@ -184,6 +204,8 @@ class Peers:
         traceback here."""
         if isinstance(error, InputError) and not self.debug:
             line, code = str(error), EXIT_BAD_INPUT
+        elif isinstance(error, NumbersError):
+            line, code = str(error), EXIT_BAD_NUMBERS
         elif isinstance(error, KeyboardInterrupt):
             line, code = "interrupted", EXIT_INTERRUPTED
         else:
@@ -216,6 +238,11 @@ class Peers:
                 step = self._step
             self._send({"op": "at", "step": step})
             return
+        if message["op"] == "roll":
+            self._send({"op": "here", "step": self._step + 1})
+            if self.on_roll_call is not None:
+                self.on_roll_call()
+            return
         with self._changed:
             if message["op"] == "answer":
                 self._answers[message["number"]] = message["values"]
@@ -226,12 +253,17 @@ class Peers:
     def _end(self, line: str, code: int) -> None:
         """Ends the process, whatever its main thread is in the middle of."""
         self._ending.acquire()  # for good: the first line is the one to be seen
-        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-        os.write(2, f"{cursor}neox-jax: {line}\n".encode())
+        _say(line)
         hang_up(self._connection)
         if self._hub is not None:
             self._hub.join(LEAVE_SECONDS)
         _exit(code)
+
+
+def _say(line: str) -> None:
+    cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+    with contextlib.suppress(OSError):
+        os.write(2, f"{cursor}neox-jax: {line}\n".encode())
 
 
 def _exit(code: int) -> None:
