@@ -123,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
 
+    add = verb("checkpoint", _checkpoint, "List, verify, describe, hash or remove a run's checkpoints.").add_argument
+    add("what", choices=("list", "verify", "inspect", "hash", "prune"))
+    add("run_folder", metavar="RUN[@STEP]", help="a run folder; inspect and hash take its newest step, the others all")
+    add("--keep", type=int, metavar="N", help="prune: the newest so many stay")
+    add("--keep-every", type=int, default=0, metavar="M", help="prune: those at multiples of M stay too")
+    add("--dry-run", action="store_true", help="prune: say which would be removed, and remove none")
+
     add = verb(
         "revisions", _revisions, "Name revisions of a model that hold the same weights; nothing is downloaded."
     ).add_argument
@@ -250,7 +257,9 @@ def _generate(args) -> int:
         json.dumps({**line, "completion": completion.text, "finish_reason": completion.finish_reason}) + "\n"
         for line, completion in zip(asked, completions, strict=True)
     ]
-    _write_whole(Path(args.output), "".join(lines))
+    from neox_jax.convert.files import write_text
+
+    write_text(Path(args.output), "".join(lines))
     print(f"{len(lines)} completions in {args.output}")
     return 0
 
@@ -342,6 +351,49 @@ def _verify(args) -> int:
     return EXIT_BAD_INPUT if problems or differences else 0
 
 
+def _checkpoint(args) -> int:
+    if (args.what == "prune") != (args.keep is not None):
+        return _usage("checkpoint prune takes --keep N, and no other does")
+    from neox_jax.checkpoint import digest, inspection
+
+    steps = inspection.find_steps(args.run_folder)
+    if args.what == "list":
+        print("\n".join(inspection.describe_steps(steps)))
+    elif args.what == "inspect":
+        print("\n".join(inspection.describe_step(steps[-1])))
+    elif args.what == "hash":
+        with _progress("hashing", unit=10**6, name="MB") as progress:
+            digests = digest.digest_step(steps[-1], progress)
+        for name, value in digests.items():
+            print(f"{value}  {name}")
+    elif args.what == "verify":
+        return _verify_steps(steps)
+    else:
+        doomed = inspection.find_prunable(steps, keep=args.keep, keep_every=args.keep_every)
+        for step in doomed:
+            print(f"{'would remove' if args.dry_run else 'removing'} step {step.name}", flush=True)
+        if not args.dry_run:
+            inspection.prune(doomed)
+        print(f"{len(steps) - len(doomed)} of {len(steps)} checkpoints stay")
+    return 0
+
+
+def _verify_steps(steps: list[Path]) -> int:
+    from neox_jax.checkpoint import inspection
+
+    with _progress("verifying", unit=10**6, name="MB") as progress:
+        found = inspection.verify_steps(steps, progress)
+    for step, problems in found.items():
+        if problems is None:
+            print(f"step {step.name}: not verified, an older version wrote it without checksums")
+        for problem in problems or []:
+            print(f"step {step.name}: {problem}")
+    damaged = [step.name for step, problems in found.items() if problems]
+    verified = [step.name for step, problems in found.items() if problems == []]
+    print(f"as they were written: step {', '.join(verified) or 'none'}; damaged: step {', '.join(damaged) or 'none'}")
+    return EXIT_BAD_INPUT if damaged else 0
+
+
 def _revisions(args) -> int:
     from neox_jax.convert.revisions import compare_revisions
 
@@ -420,11 +472,12 @@ def _tokenize(args) -> int:
 
 
 def _train_tokenizer(args) -> int:
+    from neox_jax.convert.files import write_text
     from neox_jax.data.tokenize import read_texts
     from neox_jax.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(read_texts(args.inputs, json_key=args.json_key), vocab_size=args.vocab_size)
-    _write_whole(Path(args.output), tokenizer.to_json())
+    write_text(Path(args.output), tokenizer.to_json())
     print(f"{tokenizer.vocab_size:,} ids in {args.output}")
     return 0
 
@@ -462,16 +515,6 @@ def _read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise InputError(f"cannot read {path}: {reason}") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _usage(text: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 class Events:
     """Prints lines and appends them to FOLDER/events.jsonl, as {"time": UTC, "step": or null, "text"}.
 
-    muted: says nothing at all, for every process but the first. A file that cannot be written does not stop the run.
+    muted: says nothing at all, for every process but the first. What cannot be written does not stop the run.
     """
 
     def __init__(self, folder: Path, *, muted: bool = False):
@@ -20,7 +20,8 @@ class Events:
         """One line; step: that it is about."""
         if self._muted:
             return
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # standard output may be a file on a full disk
+            print(text, flush=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = json.dumps({"time": now, "step": step, "text": text}) + "\n"
         with contextlib.suppress(OSError):

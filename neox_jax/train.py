@@ -6,7 +6,6 @@ checkpoints/STEP/. Of several processes all do the same; the first alone writes 
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -16,25 +15,26 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from neox_jax.checkpoint.manager import STEPS_FOLDER, RunCheckpoints, list_steps
+from neox_jax.checkpoint.manager import RunCheckpoints, is_due
+from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.compiler_options import compiler_options, preset_for
 from neox_jax.config import Config, ModelConfig
 from neox_jax.continuity import changed_fields
-from neox_jax.convert.files import read_json
+from neox_jax.convert.files import read_json, to_json, write_text
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.index import open_samples
 from neox_jax.data.loader import Loader
 from neox_jax.errors import InputError
 from neox_jax.events import Events
 from neox_jax.generation import generate
-from neox_jax.hardware import peak_flops
-from neox_jax.health import Health
+from neox_jax.meter import Meter
 from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
 from neox_jax.pipeline import bubble
 from neox_jax.sharding import check_sharded, make_mesh, named_sharding, report_sharding
+from neox_jax.supervision import Supervisor
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
 from neox_jax.train_step import cast_kernels, check_fits, make_eval_step, make_train_step
@@ -223,25 +223,23 @@ class Run:
         Raises: InputError in a process that does not see them.
         """
         if self.peers.process_id == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
-            _write_json(self.folder / MODEL_FILE, dataclasses.asdict(self.config.model))
+            write_text(self.folder / CONFIG_FILE, to_json(dataclasses.asdict(self.config)))
+            write_text(self.folder / MODEL_FILE, to_json(dataclasses.asdict(self.config.model)))
             if self.tokenizer is not None:
-                self.tokenizer.save(self.folder / TOKENIZER_FILE)
+                write_text(self.folder / TOKENIZER_FILE, self.tokenizer.to_json())
         self.peers.gather("the run folder")
-        path, wanted = self.folder / CONFIG_FILE, _to_json(dataclasses.asdict(self.config))
+        path, wanted = self.folder / CONFIG_FILE, to_json(dataclasses.asdict(self.config))
         if not _becomes_true(lambda: path.is_file() and path.read_text(encoding="utf-8") == wanted):
             raise InputError(f"does not see what process 0 wrote to {path}; {_SHARE}")
 
-    def latest_step(self, checkpoints: RunCheckpoints) -> int | None:
-        """The newest checkpoint that the first process sees, for all. Raises: InputError where one does not see it."""
+    def check_same_checkpoints(self, checkpoints: RunCheckpoints) -> None:
+        """Raises: InputError in a process whose newest checkpoint is not the first one's."""
         step = self.peers.gather("the newest checkpoint", checkpoints.latest_step())[0]
         if not _becomes_true(lambda: checkpoints.latest_step() == step):
             raise InputError(
                 f"the newest checkpoint in {self.folder} is {_step(checkpoints.latest_step())}, and {_step(step)} for "
                 f"process 0; {_SHARE}"
             )
-        return step
 
 
 _SHARE = "--workdir must be one folder that all hosts share"
@@ -263,60 +261,80 @@ def train(
     Raises: InputError before anything is written; NumbersError where too many updates in a row were skipped.
     """
     run = Run(config, Path(folder), devices, peers, accept_changes)
-    peers, config = run.peers, run.config
     run.check_same_data()
-    run.write_files()
-    checkpoints = RunCheckpoints(run.folder, config.checkpoint)
-    start = run.latest_step(checkpoints)
-    if peers.num_processes > 1:
-        hosts = ", ".join(sorted(set(peers.hosts)))
-        run.events.say(f"{peers.num_processes} processes on {hosts}; {run.mesh.size} devices")
-    for line in run.describe():
-        run.events.say(line)
-    if start is None:
-        start = 0
-        state = run.init_state()
-        checkpoints.save(0, state, run.config.model)
-    else:
-        state = checkpoints.restore(start, run.abstract_state)
-        run.events.say(f"going on from step {start} of {config.train.steps} in {run.folder}", start)
-    for change in run.changes:
-        run.events.say(f"another configuration from here on: {change}", start)
+    with Supervisor(run.config, run.folder, run.mesh, run.peers, run.events.say) as supervisor:
+        run.write_files()
+        return _train(run, supervisor)
+
+
+def _train(run: Run, supervisor: Supervisor) -> TrainResult:
+    config, peers = run.config, run.peers
+    checkpoints = RunCheckpoints(run.folder, config.checkpoint, peers, run.events.say)
+    start, state = _start(run, checkpoints)
     writer = MetricsWriter(run.folder, start_step=start) if peers.process_id == 0 else None
     try:
         with peers:  # an error ends all processes before `close` waits for what they were saving together
-            state, step, interrupted = _loop(run, state, start, checkpoints, writer)
-            checkpoints.save(step, state, config.model, force=True)
+            state, step, interrupted = _loop(run, state, start, checkpoints, writer, supervisor)
+            _save(run, step, state, checkpoints, writer, supervisor, force=True)
             if interrupted:
                 return TrainResult(step=step, interrupted=True)
-            loss, bits_per_byte = heldout_loss(run, state.params)
+            loss, bits_per_byte = heldout_loss(run, state.params, supervisor)
     finally:
         checkpoints.close()
         if writer is not None:
             writer.close()
+    supervisor.begin("the sample of text")
     return TrainResult(step, False, loss, bits_per_byte, _sample(run, state.params))
 
 
-def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, writer: MetricsWriter | None):
+def _start(run: Run, checkpoints: RunCheckpoints) -> tuple[int, TrainState]:
+    """The step to go on from, and its state."""
+    peers, say = run.peers, run.events.say
+    if peers.num_processes > 1:
+        say(f"{peers.num_processes} processes on {', '.join(sorted(set(peers.hosts)))}; {run.mesh.size} devices")
+    for line in run.describe():
+        say(line)
+    run.check_same_checkpoints(checkpoints)
+    restored = checkpoints.restore_newest(run.abstract_state)
+    if restored is None:
+        state = run.init_state()
+        checkpoints.save(0, state, run.config.model)
+        return 0, state
+    say(f"going on from step {restored[0]} of {run.config.train.steps} in {run.folder}", restored[0])
+    for change in run.changes:
+        say(f"another configuration from here on: {change}", restored[0])
+    return restored
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    start: int,
+    checkpoints: RunCheckpoints,
+    writer: MetricsWriter | None,
+    supervisor: Supervisor,
+):
     """Steps until the end or a signal; returns (state, step, interrupted)."""
     config, step, stop = run.config, start, False
     if start >= config.train.steps:
         return state, start, False
     compiled_step = run.compile_step()
-    meter, health = _Meter(run), Health(config, run.events.say)
+    before = writer.last if writer is not None else None
+    meter = Meter(config, run.mesh, run.peers.hosts, skipped=before["skipped_updates"] if before else 0)
     batches = run.train_loader.batches(start, config.train.steps)
     progress = None if writer is None else Progress("training", total=config.train.steps, start=start)
     try:
         with run.peers.noting_signals():
+            supervisor.begin(f"step {start + 1}")
             for index, tokens, wait_seconds in batches:
                 state, metrics = compiled_step(state, tokens)
                 step = index + 1
                 meter.add(wait_seconds, metrics)
-                health.see(step, metrics)
+                supervisor.see(step, state, metrics, wait_seconds)
                 if step % config.log.every == 0 or step == config.train.steps:
                     line = meter.line(step)
                     if config.eval.every and step % config.eval.every == 0:
-                        line["valid_loss"], line["valid_bits_per_byte"] = heldout_loss(run, state.params)
+                        line["valid_loss"], line["valid_bits_per_byte"] = heldout_loss(run, state.params, supervisor)
                     if writer is not None:
                         if config.log.batch_digest:
                             line["batch_sha256"] = run.train_loader.digest(index)
@@ -324,11 +342,12 @@ def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, 
                         seconds_left = line["step_seconds"] * (config.train.steps - step)
                         progress.update(step, _text(line), seconds_left=seconds_left)
                     meter.restart()
-                checkpoints.save(step, state, run.config.model)
+                _save(run, step, state, checkpoints, writer, supervisor)
                 stop = run.peers.agree_to_stop(step)
                 if stop:
                     break
-            health.finish()
+                supervisor.begin(f"step {step + 1}")
+            supervisor.finish()
     finally:
         batches.close()
         if progress is not None:
@@ -336,55 +355,21 @@ def _loop(run: Run, state: TrainState, start: int, checkpoints: RunCheckpoints, 
     return state, step, stop and step < config.train.steps
 
 
-class _Meter:
-    """Turns the steps since the last line into a line of metrics."""
-
-    def __init__(self, run: Run):
-        train = run.config.train
-        peak, _ = peak_flops(run.mesh.devices.flat[0], train.dtype)
-        self._tokens_per_step = train.batch_size * train.seq_length
-        self._flops_per_token = run.config.model.training_flops_per_token(train.seq_length)
-        self._peak_flops = peak * _distinct_devices(run)
-        self._skipped = 0
-        self.restart()
-
-    def restart(self) -> None:
-        self._wait_seconds, self._metrics, self._start = 0.0, [], time.perf_counter()
-
-    def add(self, wait_seconds: float, metrics: dict) -> None:
-        self._wait_seconds += wait_seconds
-        self._metrics.append(metrics)  # read only when a line is due, so that steps are dispatched ahead
-
-    def line(self, step: int) -> dict:
-        """The metrics of the last step by their names, and what is known besides. Whole numbers are counts, and so
-        are summed over the steps since the last line; `skipped`, as skipped_updates, over all of this call."""
-        values = jax.device_get(self._metrics)
-        seconds = (time.perf_counter() - self._start) / len(values)
-        tokens_per_second = self._tokens_per_step / seconds
-        last = {
-            name: int(sum(each[name] for each in values)) if np.issubdtype(value.dtype, np.integer) else float(value)
-            for name, value in values[-1].items()
-        }
-        self._skipped += last.pop("skipped")
-        return {
-            "step": step,
-            **{name: last.pop(name) for name in ("loss", "grad_norm", "learning_rate")},
-            **last,
-            "tokens": step * self._tokens_per_step,
-            "tokens_per_second": tokens_per_second,
-            "step_seconds": seconds,
-            "data_wait_seconds": self._wait_seconds / len(values),
-            "mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
-            "skipped_updates": self._skipped,
-        }
+def _save(run: Run, step: int, state: TrainState, checkpoints, writer, supervisor, *, force: bool = False) -> None:
+    if force or is_due(step, run.config.checkpoint):
+        supervisor.begin(f"the checkpoint of step {step}")
+        if writer is not None:
+            writer.flush()  # so that no line up to a saved step is lost with the host
+    checkpoints.save(step, state, run.config.model, force=force)
 
 
-def heldout_loss(run: Run, params: dict) -> tuple[float | None, float | None]:
+def heldout_loss(run: Run, params: dict, supervisor: Supervisor) -> tuple[float | None, float | None]:
     """Held-out loss in nats a token and bits per byte over eval.batches batches (all there are, if fewer)."""
     if run.valid_loader is None:
         return None, None
     losses, num_bytes, num_tokens = [], 0, 0
     for index, tokens, _ in run.valid_loader.batches(0, min(run.config.eval.batches, run.valid_loader.num_batches)):
+        supervisor.begin(f"batch {index} of data.valid")
         losses.append(run.eval_step(params, tokens))
         num_tokens += tokens.shape[0] * (tokens.shape[1] - 1)
         if run.tokenizer is not None and run.peers.process_id == 0:  # the others need not read whole batches
@@ -416,19 +401,6 @@ def _text(line: dict) -> str:
     if line["skipped_updates"]:
         text += f"  skipped {line['skipped_updates']}"
     return text
-
-
-def _distinct_devices(run: Run) -> int:
-    """Fake CPU devices share one processor, so a host's CPU counts once however many it plays."""
-    return len(set(run.peers.hosts)) if run.mesh.devices.flat[0].platform == "cpu" else run.mesh.size
-
-
-def _to_json(values: dict) -> str:
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(_to_json(values), encoding="utf-8")
 
 
 def _becomes_true(holds) -> bool:

@@ -1,6 +1,6 @@
 """Small runs in real folders and real processes, for the tests that need them."""
 
-import hashlib
+import socket
 import subprocess
 import sys
 import time
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-import neox_jax
+from neox_jax.checkpoint.digest import digest_step
 from neox_jax.config import SECTIONS, Config, MeshConfig, ModelConfig
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.metrics import read_metrics
 from neox_jax.tokenizer import train_tokenizer
-from neox_jax.tree import named_leaves
 
 TINY = ModelConfig.preset("tiny")
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,11 +51,7 @@ def make_config(folder: Path, *, mesh=None, model=TINY, **sections) -> Config:
 
 
 def params_digest(folder: Path, step: int) -> str:
-    model = neox_jax.load_model(f"{folder}@{step}")
-    digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(model).items()):
-        digest.update(name.encode() + np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+    return digest_step(folder / "checkpoints" / str(step))["params"]
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -88,3 +83,9 @@ def wait_for_step(folder: Path, step: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step} within two minutes")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -18,9 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from runs import free_port
 
 import neox_jax
-from neox_jax.checkpoint.manager import list_steps
+from neox_jax.checkpoint.steps import list_steps
 from neox_jax.config import ModelConfig, load_config
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.distributed import Place, check_alone, detect_place
@@ -39,12 +40,6 @@ TENSOR = {"mesh.data": 2, "mesh.model": 2}
 SHARDED = {"mesh.data": 2, "mesh.fsdp": 2}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Processes:
     """Children that are all gone at the end, with what they printed and how they ended."""
 
@@ -57,8 +52,6 @@ class Processes:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
             # Only process 0 writes jax's cache, so the others compile each time: two thirds of the time, half of it so.
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             **environment,

@@ -11,7 +11,7 @@ from flax import nnx
 from runs import TINY, make_config, params_digest, run_cli, train_arguments
 
 import neox_jax
-from neox_jax.checkpoint.manager import list_steps
+from neox_jax.checkpoint.steps import list_steps
 from neox_jax.continuity import changed_fields
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.errors import InputError, NumbersError

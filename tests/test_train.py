@@ -14,7 +14,7 @@ import pytest
 from runs import TEXTS, TINY, losses_of, make_config, params_digest, run_cli, train_arguments, wait_for_step
 
 import neox_jax
-from neox_jax.checkpoint.manager import list_steps, read_meta
+from neox_jax.checkpoint.steps import list_steps, read_meta
 from neox_jax.convert.source import FORMATS
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.errors import InputError
@@ -41,7 +41,7 @@ def test_a_run_folder(straight, data):
     assert read_meta(straight / "checkpoints" / "4") == (TINY, "float32")
 
 
-def test_metrics_lines(straight):
+def test_metrics_lines(straight, data):
     lines = read_metrics(straight / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     wanted = "step loss grad_norm learning_rate tokens tokens_per_second step_seconds data_wait_seconds mfu"
@@ -52,7 +52,10 @@ def test_metrics_lines(straight):
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
         assert 0 < line["mfu"] < 2
     assert lines[0]["learning_rate"] == 0.0  # the first update of cosine_floor's warm-up
-    assert lines[0]["loss"] == pytest.approx(math.log(512), abs=0.3)
+    tokens = Run(make_config(data), straight).train_loader.host_batch(0)
+    log_probs = jax.nn.log_softmax(neox_jax.load_model(f"{straight}@0")(tokens[:, :-1]))
+    nats = -np.take_along_axis(np.asarray(log_probs), tokens[:, 1:, None], axis=-1).mean()
+    assert lines[0]["loss"] == pytest.approx(nats, rel=1e-5)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert len({line["batch_sha256"] for line in lines}) == 4
 
@@ -208,7 +211,7 @@ def test_a_checkpoint_of_another_shape(data, straight):
     abstract = jax.eval_shape(
         lambda: init_model(dataclasses.replace(TINY, num_hidden_layers=2, tie_word_embeddings=True))
     )
-    from neox_jax.checkpoint.manager import read_tree
+    from neox_jax.checkpoint.trees import read_tree
     from neox_jax.train_state import pure_params
 
     with pytest.raises(

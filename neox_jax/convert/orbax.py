@@ -10,8 +10,9 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from neox_jax.checkpoint.manager import check_tree, read_meta, read_tree, save_params
-from neox_jax.checkpoint.streamed import StreamedArray, open_arrays
+from neox_jax.checkpoint.steps import read_meta
+from neox_jax.checkpoint.streamed import StreamedArray, read_leaves, save_params
+from neox_jax.checkpoint.trees import check_tree, read_tree
 from neox_jax.convert import names
 from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, read_ours
 from neox_jax.errors import InputError
@@ -41,7 +42,7 @@ def read_step(folder: Path) -> StoredModel:
     params = folder / "params"
     check_tree(params, target)
     leaves = named_leaves(target)
-    arrays = open_arrays(params, list(leaves))
+    arrays = read_leaves(params)
     found = {}
     for name, leaf in leaves.items():
         row = names.BY_NAME[name]

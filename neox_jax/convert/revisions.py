@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps
+from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.convert import hub
 from neox_jax.convert.manifest import hash_tensors
 from neox_jax.convert.neox_files import STEP_FOLDER

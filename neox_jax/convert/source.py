@@ -1,13 +1,15 @@
 """One way in and one way out: a SOURCE is recognised by its content, whatever kind it is."""
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from neox_jax.checkpoint.manager import STEPS_FOLDER, list_steps
+from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
+from neox_jax.checkpoint.sums import find_problems
 from neox_jax.config import check_choice
 from neox_jax.convert import hf, hub, neox, orbax
 from neox_jax.convert.files import is_partial, read_json, written_whole
@@ -26,7 +28,7 @@ _READ = {"hf": hf.read_hf, "neox": neox.read_neox, "orbax": orbax.read_step}
 
 def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | None = None) -> NeoX:
     """Loads a model from a SOURCE: a Hugging Face folder or hub id, a NeoX checkpoint (pipeline or sequential layout,
-    any tensor parallelism), a run folder (its latest step, or `folder@step`), or a folder of one of its steps.
+    any tensor parallelism), a run folder (its latest verified step, or `folder@step`), or a folder of one of its steps.
 
     mesh: ours, or any whose axis names are among ours. dtype: parameters are cast to it once; None keeps what is
     stored. revision: of a hub id.
@@ -35,7 +37,7 @@ def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | Non
     if mesh is not None and not set(mesh.axis_names) <= set(AXES):
         raise InputError(f"mesh axes {mesh.axis_names}: each must be one of {', '.join(AXES)}")
     dtype = check_dtype(dtype)
-    kind, folder = locate(source, revision=revision)
+    kind, folder = _locate_whole(source, revision=revision)
     if kind == "orbax":
         return orbax.load_step(folder, mesh=mesh, dtype=dtype)
     return to_model(_READ[kind](folder).cast(dtype), mesh=mesh)
@@ -43,7 +45,7 @@ def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | Non
 
 def open_source(source: str | Path, *, revision: str | None = None) -> StoredModel:
     """The configuration and the tensors of a SOURCE, with its weights still on disk. Raises: as `load_model`."""
-    kind, folder = locate(source, revision=revision)
+    kind, folder = _locate_whole(source, revision=revision)
     return _READ[kind](folder)
 
 
@@ -105,7 +107,12 @@ def convert(
     check_choice("format", format, FORMATS)
     stored = open_source(source, revision=revision).cast(dtype)
     with Hashing(stored) as hashing:
-        counted = stored if progress is None else _count(stored, progress)
+        if format == "hf":
+            followed = hashing.follow_tensors()
+        else:  # read in another order, or in other layouts
+            hashing.read_tensors()
+            followed = stored
+        counted = followed if progress is None else _count(followed, progress)
         tokenizer_json = None if tokenizer is None else tokenizer.to_json()
         about = {"written": {"format": format, "tensor_parallel": tensor_parallel}}
         _write(
@@ -205,6 +212,30 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Pat
     if not path.exists() and hub.looks_like_repo_id(str(source)):
         return "hf", hub.fetch_snapshot(str(source), revision=revision)
     raise InputError(f"no model at {source}: no such folder, and not the id of a model on the hub (ORGANISATION/NAME)")
+
+
+def _locate_whole(source: str | Path, *, revision: str | None) -> tuple[str, Path]:
+    """As `locate`, but of a run folder the newest step whose parameters are as they were written.
+
+    One that was asked for by number is not replaced by another. Raises: InputError if it, or every one, is damaged.
+    """
+    kind, folder = locate(source, revision=revision)
+    if kind != "orbax":
+        return kind, folder
+    steps = [folder]
+    if (Path(source) / STEPS_FOLDER).is_dir():
+        steps = [folder.parent / str(step) for step in reversed(list_steps(folder.parent))]
+    damaged = []
+    for step in steps:
+        problems = find_problems(step, items=("params", "meta"))
+        if not problems:
+            for text in damaged:
+                print(f"neox-jax: {text}; taking step {step.name}", file=sys.stderr, flush=True)
+            if problems is None:
+                print(f"neox-jax: {step} has no checksums (of an older version): not verified", file=sys.stderr)
+            return kind, step
+        damaged.append(f"{step} is damaged ({problems[0]})")
+    raise InputError(f"{'; '.join(damaged)}; take another step, or another copy of it")
 
 
 def _run(folder: Path, step: int | None) -> Path:

@@ -249,8 +249,10 @@ class BlendedSamples(_Samples):
 def read_tokens(dataset: IndexedDataset, positions: np.ndarray, *, vocab_size: int) -> np.ndarray:
     """The tokens at these positions of the flat file, as int32 of the same shape.
 
-    Raises: InputError naming the document and the place in it of the first token that is not below vocab_size.
+    Raises: InputError naming the document and the place in it of the first token that is not below vocab_size, or for
+    a file that was cut off meanwhile.
     """
+    dataset.check_whole()
     tokens = dataset.tokens[positions]
     wrong = (tokens < 0) | (tokens >= vocab_size)
     if wrong.any():

@@ -6,6 +6,7 @@ int64 doc_idx.   Source: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py (
 """
 
 import array
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -54,6 +55,7 @@ class IndexedDataset:
                 f"{bin_path} has {bin_path.stat().st_size} bytes; {idx_path.name} describes {num_bytes}: the file is "
                 "truncated, or the two are not of one dataset"
             )
+        self._bin_path, self._num_bytes = bin_path, num_bytes
         # an empty file cannot be mapped
         self.tokens = np.asarray(np.memmap(bin_path, self.dtype, mode="r") if num_bytes else np.empty(0, self.dtype))
 
@@ -65,6 +67,19 @@ class IndexedDataset:
         i = range(len(self))[i]  # negative indices, and IndexError
         start = self.pointers[i] // self.dtype.itemsize
         return self.tokens[start : start + self.sizes[i]]
+
+    def check_whole(self) -> None:
+        """To be called before a read: beyond the end of a mapped file the system kills the process.
+
+        Raises: InputError where the .bin has become shorter since it was opened.
+        """
+        with contextlib.suppress(OSError):  # one that was removed or renamed is still mapped
+            num_bytes = os.stat(self._bin_path).st_size
+            if num_bytes < self._num_bytes:
+                raise InputError(
+                    f"{self._bin_path} has {num_bytes} bytes; {self._num_bytes} when it was opened: it was truncated "
+                    "while it was read; copy it again"
+                )
 
     def _check_pointers(self, idx_path: Path) -> int:
         """Checks that documents lie end to end; returns the bytes they take."""
