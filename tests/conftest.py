@@ -1,6 +1,7 @@
 """Eight fake CPU devices and a compilation cache, set before anything touches jax."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -12,6 +13,9 @@ CACHE = {"jax_compilation_cache_dir": str(ROOT / ".jax_cache"), "jax_persistent_
 for name, value in CACHE.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)  # for the processes that tests start
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

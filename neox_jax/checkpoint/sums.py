@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from neox_jax.errors import InputError
 SUMS = "SHA256SUMS"
 HASHED_BYTES = 1 << 20  # of a file at a time: they stay in the processor's cache
 MAX_THREADS = 8
+LOWEST_PRIORITY = 19
 
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -38,8 +40,14 @@ def hash_files(paths: list[Path], progress: Callable[[int], None] | None = None)
     several threads."""
     # Half of the cores: this goes on beside training.
     num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
-    with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="hashing") as threads:
+    with concurrent.futures.ThreadPoolExecutor(num_threads, "hashing", initializer=yield_to_others) as threads:
         return dict(zip(paths, threads.map(lambda path: _hash_file(path, progress), paths), strict=True))
+
+
+def yield_to_others() -> None:
+    """Lets other threads go first from now on, where the system can do that for one thread alone (Linux)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def _hash_file(path: Path, progress: Callable[[int], None] | None) -> str | OSError:

@@ -16,6 +16,7 @@ from etils import epath
 from neox_jax.checkpoint.commit import commit_step, quiet_orbax, what_failed
 from neox_jax.checkpoint.steps import temporary_of
 from neox_jax.checkpoint.streamed import StreamedHandler, copy_to_host, params_handler
+from neox_jax.checkpoint.sums import yield_to_others
 from neox_jax.peers import Alone, Peers
 
 BARRIER_SECONDS = 24 * 3600  # for a slow disk: a process that died ends the others at once, by `peers`
@@ -55,6 +56,7 @@ class StepWriter:
         return self.failure
 
     def _run(self) -> None:
+        yield_to_others()
         with quiet_orbax:
             handlers = {item: params_handler(StreamedHandler()) for item in self._trees}
             try:
