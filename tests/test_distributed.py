@@ -52,8 +52,6 @@ class Processes:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            # Only process 0 writes jax's cache, so the others compile each time: two thirds of the time, half of it so.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
             **environment,
         }
         child = subprocess.Popen(

@@ -37,7 +37,7 @@ NEOX_20B = PRESETS["gpt-neox-20b"]
 
 def run_with_libtpu(code: str) -> dict:
     """Runs Python that prints JSON last, with libtpu on its path and no TPU looked for."""
-    env = {**os.environ, "PYTHONPATH": str(LIBTPU), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": str(LIBTPU), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
