@@ -1,17 +1,21 @@
 """Text files to .bin/.idx: what is written, that workers do not change it, what is refused; the Python corpus."""
 
 import json
+import os
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import zstandard
 
-from neox_jax.data import tokenize
+from neox_jax.data import text_files
 from neox_jax.data.corpus import collect_standard_library
 from neox_jax.data.megatron import IndexedDataset
-from neox_jax.data.tokenize import find_inputs, read_texts, tokenize_files
+from neox_jax.data.text_files import find_inputs
+from neox_jax.data.tokenize import read_texts, tokenize_files
 from neox_jax.errors import InputError
 from neox_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -64,7 +68,7 @@ def test_append_eod_ends_each_document(folder, tokenizer, tmp_path):
 
 
 def test_workers_do_not_change_a_byte(folder, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "CHUNK_BYTES", 500)  # many chunks, so that the order could go wrong
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 500)  # many pieces, so that the order could go wrong
     for workers in (1, 3):
         tokenize_files(
             [folder], tokenizer=tokenizer, output=tmp_path / f"out{workers}", workers=workers, append_eod=True
@@ -73,23 +77,71 @@ def test_workers_do_not_change_a_byte(folder, tokenizer, tmp_path, monkeypatch):
         assert (tmp_path / f"out1{suffix}").read_bytes() == (tmp_path / f"out3{suffix}").read_bytes()
 
 
-def test_chunks_are_bounded_and_number_their_lines(folder, monkeypatch):
-    monkeypatch.setattr(tokenize, "CHUNK_BYTES", 500)
-    path = folder / "b" / "1.jsonl"
-    chunks = list(tokenize._read_chunks(path))
-    assert len(chunks) > 5
-    assert [chunk.first_line for chunk in chunks] == np.cumsum([1] + [len(c.lines) for c in chunks[:-1]]).tolist()
-    assert b"".join(line for chunk in chunks for line in chunk.lines) == path.read_bytes()
+def test_the_library_uses_one_thread_a_process(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    during = []
+    tokenize_files(
+        [folder], tokenizer=tokenizer, output=tmp_path / "out",
+        progress=lambda *_: during.append(os.environ["TOKENIZERS_PARALLELISM"]),
+    )  # fmt: skip
+    assert set(during) == {"false"}
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def gpt_neox_files(inputs, encode, eod) -> dict[str, bytes]:
+    """What gpt-neox's tools/datasets/preprocess_data.py --append-eod writes, as its source says it: lm_dataformat's
+    order and readers, no empty texts, add_item and end_document, and the index of MMapIndexedDatasetBuilder."""
+    tokens, sizes, pointers, doc_idx = [], [], [], [0]
+    for name in inputs:
+        paths = [os.path.join(name, entry) for entry in sorted(os.listdir(name))] if os.path.isdir(name) else [name]
+        for path in map(str, paths):
+            if path.endswith(".txt"):
+                texts = [Path(path).read_text(encoding="utf-8")]
+            elif path.endswith(".jsonl"):
+                texts = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            elif path.endswith(".jsonl.zst"):
+                with zstandard.open(path, "rt", encoding="utf-8") as file:
+                    texts = [json.loads(line)["text"] for line in file]
+            else:
+                continue
+            for text in filter(None, texts):
+                ids = [*encode(text), eod]
+                pointers.append(2 * sum(map(len, tokens)))
+                tokens.append(ids)
+                sizes.append(len(ids))
+                doc_idx.append(len(sizes))
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(sizes), len(doc_idx))
+    index += struct.pack(f"<{len(sizes)}i{len(pointers)}q{len(doc_idx)}q", *sizes, *pointers, *doc_idx)
+    return {".bin": b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids in tokens), ".idx": index}
+
+
+def assert_like_gpt_neox(inputs, tokenizer_file, output, **options):
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenize_files(inputs, tokenizer=tokenizer, output=output, append_eod=True, **options)
+    library = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    wanted = gpt_neox_files(inputs, lambda text: library.encode(text).ids, library.token_to_id("<|endoftext|>"))
+    for suffix, content in wanted.items():
+        assert Path(f"{output}{suffix}").read_bytes() == content
 
 
 def test_output_is_byte_for_byte_what_gpt_neox_writes(tokenizer, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(lines(["ab", "c"]))
-    tokenize_files([tmp_path / "in.jsonl"], tokenizer=tokenizer, output=tmp_path / "out", append_eod=True)
-    first, second = [*tokenizer.encode("ab"), 0], [*tokenizer.encode("c"), 0]
-    assert (tmp_path / "out.bin").read_bytes() == np.array(first + second, "<u2").tobytes()
-    wanted = b"MMIDIDX\0\0" + np.array([1], "<u8").tobytes() + b"\x08" + np.array([2, 3], "<u8").tobytes()
-    wanted += np.array([len(first), len(second)], "<i4").tobytes() + np.array([0, 2 * len(first)], "<i8").tobytes()
-    assert (tmp_path / "out.idx").read_bytes() == wanted + np.array([0, 1, 2], "<i8").tobytes()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = [text.replace("\r\n", "\n") for text in TEXTS]  # gpt-neox reads a .txt with its line ends translated
+    (folder / "b.txt").write_text(texts[0], encoding="utf-8")
+    (folder / "a.jsonl").write_bytes(lines([*texts[1:20], "", *TEXTS[20:30]]))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines(TEXTS[30:])))
+    (tmp_path / "last.jsonl").write_bytes(lines(["ab", "c"]))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert_like_gpt_neox([folder, tmp_path / "last.jsonl"], tmp_path / "tokenizer.json", tmp_path / "out")
+
+
+def test_real_text_with_the_20b_tokenizer_is_what_gpt_neox_writes(shared_data, tmp_path):
+    text = "".join((shared_data / name).read_text()[:100_000] for name in ("wikitext2_test.txt", "tinyshakespeare.txt"))
+    (tmp_path / "in.jsonl").write_bytes(lines(text[start : start + 3000] for start in range(0, 200_000, 3000)))
+    (tmp_path / "long.txt").write_text((shared_data / "wikitext2_valid.txt").read_text()[:200_000])
+    inputs = [tmp_path / "in.jsonl", tmp_path / "long.txt"]
+    assert_like_gpt_neox(inputs, shared_data / "20B_tokenizer.json", tmp_path / "out", workers=2)
 
 
 BAD_LINES = {
@@ -118,6 +170,34 @@ def test_a_bad_line_in_a_worker_process_is_the_same_error(tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.zst"])
+def test_bad_lines_in_later_pieces_keep_their_number(name, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
+    content = lines(TEXTS[:20]) + b"\n{\n" + lines(TEXTS[20:])
+    (tmp_path / name).write_bytes(zstandard.compress(content) if name.endswith("zst") else content)
+    with pytest.raises(InputError, match=f"{name}:22: not JSON"):
+        tokenize_files([tmp_path / name], tokenizer=tokenizer, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_counted_few_can_be_skipped(workers, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
+    bad = [line for line, _ in list(BAD_LINES.values())[:5]]
+    (tmp_path / "in.jsonl").write_bytes(b"".join(lines([text]) + line for text, line in zip(TEXTS, bad, strict=False)))
+    (tmp_path / "latin.txt").write_bytes(b"n\xe9")
+    inputs = [tmp_path / "in.jsonl", tmp_path / "latin.txt"]
+    options = {"tokenizer": tokenizer, "output": tmp_path / "out", "workers": workers}
+    with pytest.raises(InputError, match=r"in.jsonl:10: 'text' holds a int; .* .bad document 5; 4 may be skipped"):
+        tokenize_files(inputs, **options, skip_bad=4)
+    with pytest.raises(InputError, match=r"latin.txt: not UTF-8 at byte 1 .* .bad document 6; 5 may be skipped"):
+        tokenize_files(inputs, **options, skip_bad=5)
+    assert not list(tmp_path.glob("out*"))
+    summary = tokenize_files(inputs, **options, skip_bad=6)
+    assert (summary.documents, summary.bad_documents) == (5, 6)
+    assert [place.split(":")[1] for place in summary.bad_places] == ["2", "4", "6"]
+    assert IndexedDataset(tmp_path / "out")[4].tolist() == tokenizer.encode(TEXTS[4])
+
+
 def test_bad_inputs_are_refused(tokenizer, tmp_path):
     def refuses(message, name, content=None, **options):
         if content is not None:
@@ -134,6 +214,7 @@ def test_bad_inputs_are_refused(tokenizer, tmp_path):
     refuses("no documents in 1 files .1 were empty", "empty.jsonl", lines([""]))
     refuses("cut.jsonl.zst ends in the middle of its data: it is truncated", "cut.jsonl.zst", data[:-20])
     refuses("bad.jsonl.zst is no zstandard file, or damaged", "bad.jsonl.zst", b"plain text")
+    refuses("workers 0, skip_bad 0; wanted at least 1", "one.txt", b"x", workers=0)
     refuses("with the key 'body', got the keys text, meta", "key.jsonl", lines(["x"]), json_key="body")
     (tmp_path / "folder").mkdir()
     refuses("no .txt, .jsonl, .jsonl.zst files in .*folder", "folder")
