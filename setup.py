@@ -13,13 +13,12 @@ BASE = [
     "tokenizers>=0.23,<0.24",
     "ml_collections>=1.1,<2",
     "safetensors>=0.8,<0.9",
-    "grain>=0.2.18,<0.3",
     "numpy>=2.2,<3",
     "rich>=15,<16",
     "PyYAML>=6,<7",
 ]
 HUB = ["huggingface_hub>=2.4,<3"]
-DATA = ["zstandard>=0.25,<1"]
+DATA = ["zstandard>=0.25,<1", "jinja2>=3.1,<4"]
 VIZ = ["tensorboardX>=2.6,<3"]
 TEST = [
     *HUB,

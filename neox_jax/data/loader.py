@@ -1,4 +1,4 @@
-"""Batches as pure functions of the step, read ahead by one thread.
+"""Batches as pure functions of the step, read ahead by several threads.
 
 Indices: `step` counts global batches from 0; `row` counts within a batch; row r of step s is sample s * batch_size + r,
 on any number of hosts. Nothing else is state: to resume is to start at another step.
@@ -15,7 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-PREFETCH = 2  # batches prepared beyond the one in use
+from neox_jax.marks import strip_marks
+
+PREFETCH = 8  # batches prepared beyond the one in use: what memory they take on hosts and devices is bounded by this
+READERS = 8  # threads; each reads a batch at a time, so a step may be much shorter than a read takes
+
+
+def digest_batch(rows: np.ndarray) -> str:
+    """SHA-256, in hex, of the int32 tokens [B, T] in row-major order, without their marks."""
+    return hashlib.sha256(strip_marks(rows).astype("<i4").tobytes()).hexdigest()
 
 
 class Loader:
@@ -29,40 +37,43 @@ class Loader:
 
     def host_batch(self, step: int) -> np.ndarray:
         """The whole of batch `step`: int32 [B, T]. Raises: InputError from the samples."""
-        return self._rows(step, 0, self.batch_size)
+        return self._samples.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
 
     def batch(self, step: int) -> jax.Array:
         """Batch `step` on the devices, int32 [B, T]; with a sharding, a host reads only the rows its devices hold."""
         if self.sharding is None:
             return jax.numpy.asarray(self.host_batch(step))
-        read = {}  # (first row, last row) -> tokens: devices that hold the same rows share one read
-
-        def piece(index: tuple[slice, slice]) -> np.ndarray:
-            first, last, _ = index[0].indices(self.batch_size)
-            if (first, last) not in read:
-                read[first, last] = self._rows(step, first, last)
-            return read[first, last][:, index[1]]
-
         shape = (self.batch_size, self.seq_length + 1)
+        places = self.sharding.addressable_devices_indices_map(shape).values()
+        ranges = sorted({place[0].indices(self.batch_size)[:2] for place in places})  # many devices may hold the same
+        read = self._samples.rows(
+            np.concatenate([step * self.batch_size + np.arange(first, last) for first, last in ranges])
+        )
+        ends = np.cumsum([last - first for first, last in ranges])
+        rows = dict(zip(ranges, np.split(read, ends[:-1]), strict=True))
+
+        def piece(place: tuple[slice, slice]) -> np.ndarray:
+            return rows[place[0].indices(self.batch_size)[:2]][:, place[1]]
+
         return jax.make_array_from_callback(shape, self.sharding, piece, dtype=np.int32)
 
     def digest(self, step: int) -> str:
-        """SHA-256, in hex, of the int32 tokens of batch `step` in row-major order."""
-        return hashlib.sha256(self.host_batch(step).astype("<i4").tobytes()).hexdigest()
+        """`digest_batch` of all of batch `step`."""
+        return digest_batch(self.host_batch(step))
 
     def batches(self, start: int, stop: int | None = None) -> Iterator[tuple[int, jax.Array, float]]:
         """Yields (step, batch, seconds waited for it) from `start` until before `stop` (None: without end).
 
-        One thread works PREFETCH batches ahead; it ends with the generator. What goes wrong in it is raised at the
-        step that it belongs to.
+        READERS threads work PREFETCH batches ahead; they end with the generator. What goes wrong in them is raised at
+        the step that it belongs to.
         """
         steps = itertools.count(start) if stop is None else iter(range(start, stop))
         pending = collections.deque()
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="neox_jax.data.loader")
+        readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="neox_jax.data.loader")
         try:
             while True:
                 for step in itertools.islice(steps, PREFETCH + 1 - len(pending)):
-                    pending.append((step, reader.submit(self.batch, step)))
+                    pending.append((step, readers.submit(self.batch, step)))
                 if not pending:
                     return
                 step, future = pending.popleft()
@@ -70,7 +81,4 @@ class Loader:
                 batch = future.result()
                 yield step, batch, time.perf_counter() - began
         finally:
-            reader.shutdown(wait=True, cancel_futures=True)
-
-    def _rows(self, step: int, first: int, last: int) -> np.ndarray:
-        return self._samples.rows(np.arange(step * self.batch_size + first, step * self.batch_size + last))
+            readers.shutdown(wait=True, cancel_futures=True)

@@ -1,18 +1,21 @@
 """Megatron's .bin/.idx files of tokens, read by memory map and written whole or not at all.
 
-PREFIX.bin holds the raw tokens. PREFIX.idx, little-endian and without padding: 9 bytes of magic; u64 version 1; u8
-dtype code; u64 N documents; u64 length of doc_idx; int32 [N] sizes in tokens; int64 [N] byte offsets into the .bin;
-int64 doc_idx.   Source: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py (MMapIndexedDataset).
+PREFIX.bin holds the raw tokens, or its shards do (`token_files`). PREFIX.idx, little-endian and without padding: 9
+bytes of magic; u64 version 1; u8 dtype code; u64 N documents; u64 length of doc_idx; int32 [N] sizes in tokens; int64
+[N] byte offsets into the .bin; int64 doc_idx.   Source: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py
+(MMapIndexedDataset).
 """
 
 import array
-import contextlib
+import bisect
+import hashlib
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
 
+from neox_jax.data.token_files import TokenFiles, find_token_files
 from neox_jax.errors import InputError
 
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
@@ -28,19 +31,18 @@ def best_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedDataset:
-    """Documents of tokens in PREFIX.bin and PREFIX.idx; nothing is read until it is asked for.
+    """Documents of tokens in PREFIX.bin, or its shards, and PREFIX.idx; nothing is read until it is asked for.
 
-    sizes: int32 [N], tokens in each document. pointers: int64 [N], byte offsets. doc_idx: as stored. tokens: the whole
-    .bin as one flat array; documents lie in it end to end, in order.
+    sizes: int32 [N], tokens in each document. pointers: int64 [N], byte offsets. doc_idx: as stored. tokens: of the
+    whole .bin; documents lie in it end to end, in order.
     Raises: InputError for files that are missing, truncated, not of this format, or not of each other.
     """
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
-        bin_path, idx_path = _paths(self.prefix)
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                raise InputError(f"no file {path}; a dataset is named by its prefix: PREFIX.bin and PREFIX.idx")
+        idx_path = _paths(self.prefix)[1]
+        if not idx_path.is_file():
+            raise InputError(f"no file {idx_path}; a dataset is named by its prefix: PREFIX.bin and PREFIX.idx")
         self.dtype, num_documents, len_doc_idx = _read_header(idx_path)
         index = np.asarray(np.memmap(idx_path, np.uint8, mode="r"))
         start = HEADER.size
@@ -50,14 +52,8 @@ class IndexedDataset:
         start += 8 * num_documents
         self.doc_idx = index[start : start + 8 * len_doc_idx].view("<i8")
         num_bytes = self._check_pointers(idx_path)
-        if bin_path.stat().st_size != num_bytes:
-            raise InputError(
-                f"{bin_path} has {bin_path.stat().st_size} bytes; {idx_path.name} describes {num_bytes}: the file is "
-                "truncated, or the two are not of one dataset"
-            )
-        self._bin_path, self._num_bytes = bin_path, num_bytes
-        # an empty file cannot be mapped
-        self.tokens = np.asarray(np.memmap(bin_path, self.dtype, mode="r") if num_bytes else np.empty(0, self.dtype))
+        paths = find_token_files(self.prefix, num_bytes, self.dtype.itemsize)
+        self.tokens = TokenFiles(paths, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -65,21 +61,23 @@ class IndexedDataset:
     def __getitem__(self, i: int) -> np.ndarray:
         """The tokens of document i, in the dtype of the file."""
         i = range(len(self))[i]  # negative indices, and IndexError
-        start = self.pointers[i] // self.dtype.itemsize
-        return self.tokens[start : start + self.sizes[i]]
+        return self.tokens.read(self.pointers[i : i + 1] // self.dtype.itemsize, self.sizes[i : i + 1])
 
-    def check_whole(self) -> None:
-        """To be called before a read: beyond the end of a mapped file the system kills the process.
+    def locate(self, start: int, length: int) -> list[tuple[int, int, int]]:
+        """Whose tokens [start, start + length) of the .bin are: pieces (document, offset in it, length), in order."""
+        pieces, itemsize = [], self.dtype.itemsize
+        document = bisect.bisect_right(self.pointers, start * itemsize) - 1  # searchsorted would copy what is unaligned
+        while length > 0:
+            offset = start - int(self.pointers[document]) // itemsize
+            num_tokens = min(length, int(self.sizes[document]) - offset)
+            if num_tokens > 0:
+                pieces.append((document, offset, num_tokens))
+            start, length, document = start + num_tokens, length - num_tokens, document + 1
+        return pieces
 
-        Raises: InputError where the .bin has become shorter since it was opened.
-        """
-        with contextlib.suppress(OSError):  # one that was removed or renamed is still mapped
-            num_bytes = os.stat(self._bin_path).st_size
-            if num_bytes < self._num_bytes:
-                raise InputError(
-                    f"{self._bin_path} has {num_bytes} bytes; {self._num_bytes} when it was opened: it was truncated "
-                    "while it was read; copy it again"
-                )
+    def digest_sizes(self) -> str:
+        """SHA-256, in hex, of the sizes of the documents: what an order of them depends on."""
+        return hashlib.sha256(self.sizes).hexdigest()
 
     def _check_pointers(self, idx_path: Path) -> int:
         """Checks that documents lie end to end; returns the bytes they take."""
