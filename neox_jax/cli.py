@@ -18,6 +18,7 @@ from neox_jax.errors import InputError, NumbersError
 
 EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 70, 75, 143
 MAX_SHARED = 10  # lines of parts that revisions share
+PROGRESS_LINE_SECONDS = 30
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = _take_overrides(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(arguments)
-    if overrides and args.verb != "train":
-        parser.error(f"--config.{overrides[0][0]} goes with train only")
+    if overrides and args.verb not in ("train", "data"):
+        parser.error(f"--config.{overrides[0][0]} goes with train and data only")
     args.overrides = overrides
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at warning level
     try:
@@ -142,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     add("--append-eod", action="store_true", help="end each document with the end-of-text token")
     add("--json-key", default="text", metavar="KEY", help="where a jsonl line has its text (default: text)")
-    add("--workers", type=int, default=1, metavar="N", help="processes")
+    add("--workers", type=_count, metavar="N", help="processes, of a core each (default: all cores)")
+    add("--shard", type=_shard, metavar="I/N", help="only this share, from 0/N, as PREFIX-0000I-of-0000N")
+    add("--skip-bad", type=int, default=0, metavar="N", help="leave out so many documents that cannot be read, if any")
+
+    add = verb("merge-shards", _merge_shards, "Put the shards of a tokenized dataset together.").add_argument
+    add("output", metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx from every PREFIX-0000I-of-0000N")
 
     add = verb(
         "train-tokenizer", _train_tokenizer, "Train a byte-level BPE tokenizer by GPT-NeoX's recipe."
@@ -154,6 +160,22 @@ def _parser() -> argparse.ArgumentParser:
 
     add = verb("corpus", _corpus, "Collect a text corpus that every machine has: Python's own library.").add_argument
     add("folder", metavar="DIR", help="writes train.jsonl, heldout.jsonl and heldout.txt")
+
+    shown = verb("data", _data, "Show the batch of a training step, or find the steps that had a text.")
+    kinds = shown.add_subparsers(dest="what", metavar="batch|find", required=True)
+    batch = kinds.add_parser("batch", help="print the rows of a step as text, with their documents and their SHA-256")
+    batch.add_argument("--step", type=_count, required=True, metavar="S", help="counted from 0")
+    batch.add_argument("--row", type=_count, metavar="R", help="this row alone, counted from 0")
+    batch.add_argument("--tokens", action="store_true", help="token ids, not text")
+    find = kinds.add_parser("find", help="print which rows of a range of steps have a text in them")
+    find.add_argument("text", metavar="TEXT")
+    find.add_argument("--steps", type=_steps, required=True, metavar="A:B", help="steps A to B - 1, counted from 0")
+    for kind in (batch, find):
+        kind.add_argument("--config", required=True, metavar="FILE", help="the run's, as for train")
+        kind.add_argument("--config.FIELD=VALUE", dest="shown_only", action="store_true", help="override a field")
+        kind.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
 
     add = verb("bench", _bench, "Measure training, decoding or prefill with random or real weights.").add_argument
     add("what", choices=("train", "decode", "prefill"))
@@ -172,6 +194,34 @@ def _seconds(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds above 0")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _shard(text: str):
+    from neox_jax.data.text_files import Shard
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard; with four of them, 0/4 to 3/4")
+    return Shard(int(index), int(count))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
+
+def _steps(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of steps; write A:B, with A below B")
+    return range(int(first), int(last))
 
 
 def _train(args) -> int:
@@ -221,6 +271,8 @@ def _report_training(result) -> int:
     if result.valid_loss is not None:
         bits = "" if result.valid_bits_per_byte is None else f", {result.valid_bits_per_byte:.3f} bits per byte"
         print(f"held-out loss after step {result.step}: {result.valid_loss:.4f} nats per token{bits}")
+        for name, value in result.valid_sets.items():
+            print(f"  {name} {value:.4f}")
     if result.sample is not None:
         print(f"\na sample of what it writes:\n{'-' * 60}\n{result.sample}\n{'-' * 60}")
     return 0
@@ -431,17 +483,24 @@ def _unwound_by_sigterm():
 
 @contextlib.contextmanager
 def _progress(what: str, *, unit: int = 1, name: str = ""):
-    """Gives a function of (done, in all), which draws a bar in such units where stderr is a terminal."""
+    """Gives a function of (done, in all), which draws a bar in such units where stderr is a terminal, and elsewhere
+    prints a line now and then."""
     from neox_jax.metrics import Progress
 
     start, bar = time.perf_counter(), None
+    next_line = start + PROGRESS_LINE_SECONDS
 
     def report(done: int, total: int) -> None:
-        nonlocal bar
-        if sys.stderr.isatty():
-            bar = bar or Progress(what, total=-(-total // unit))
-            rate = done / unit / (time.perf_counter() - start)
-            bar.update(-(-done // unit), f"{name}  {rate:.1f} {name}/s")
+        nonlocal bar, next_line
+        now = time.perf_counter()
+        if not sys.stderr.isatty():
+            if now < next_line:
+                return
+            next_line = now + PROGRESS_LINE_SECONDS
+        bar = bar or Progress(what, total=-(-total // unit))
+        rate = done / unit / (now - start)
+        left = (total - done) / unit / rate if rate else None
+        bar.update(-(-done // unit), f"{name}  {rate:.1f} {name}/s", seconds_left=left)
 
     try:
         yield report
@@ -451,24 +510,50 @@ def _progress(what: str, *, unit: int = 1, name: str = ""):
 
 
 def _tokenize(args) -> int:
+    from neox_jax.data.output import prefix_of
     from neox_jax.data.tokenize import tokenize_files
     from neox_jax.tokenizer import Tokenizer
 
-    with _progress("tokenizing", unit=10**6, name="MB") as progress:
+    with _unwound_by_sigterm(), _progress("tokenizing", unit=10**6, name="MB") as progress:
         summary = tokenize_files(
             args.inputs,
             tokenizer=Tokenizer.from_file(args.tokenizer),
             output=args.output,
             append_eod=args.append_eod,
             json_key=args.json_key,
-            workers=args.workers,
+            workers=args.workers or _num_cores(),
+            shard=args.shard,
+            skip_bad=args.skip_bad,
             progress=progress,
         )
+    for place in summary.bad_places:
+        print(f"skipped {place}", file=sys.stderr)
+    _report_tokens(summary, prefix_of(args.output, args.shard))
+    return 0
+
+
+def _merge_shards(args) -> int:
+    from neox_jax.data.merge import merge_shards
+
+    with _unwound_by_sigterm(), _progress("merging", unit=10**6, name="MB") as progress:
+        summary, num_shards = merge_shards(args.output, progress=progress)
+    _report_tokens(summary, args.output)
+    print(f"its {num_shards} shards are no longer needed")
+    return 0
+
+
+def _report_tokens(summary, prefix) -> None:
+    rate = f"{summary.bytes / 1e6 / summary.seconds:.1f} MB/s" if summary.seconds else "complete before: nothing done"
+    skipped = f"; {summary.bad_documents:,} bad documents skipped" if summary.bad_documents else ""
     print(
         f"{summary.documents:,} documents, {summary.tokens:,} tokens ({summary.bytes / max(1, summary.tokens):.2f} "
-        f"bytes a token) in {args.output}.bin, {summary.bytes / 1e6 / summary.seconds:.1f} MB/s"
+        f"bytes a token) in {prefix}.bin, {rate}{skipped}"
     )
-    return 0
+
+
+def _num_cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _train_tokenizer(args) -> int:
@@ -490,6 +575,29 @@ def _corpus(args) -> int:
         f"{summary.train_documents:,} documents ({summary.train_bytes / 1e6:.1f} MB) to train on, "
         f"{summary.heldout_documents:,} ({summary.heldout_bytes / 1e6:.2f} MB) held out, in {args.folder}"
     )
+    return 0
+
+
+def _data(args) -> int:
+    from neox_jax.config import load_config
+    from neox_jax.data.show import TrainingData
+
+    config = load_config(args.config, args.overrides)
+    if config.init_from:  # the vocabulary is the source's
+        from neox_jax.convert.source import open_source
+
+        config = dataclasses.replace(config, model=open_source(config.init_from).config)
+    data = TrainingData(config)
+    if args.what == "batch":
+        for line in data.describe(args.step, row=args.row, ids=args.tokens):
+            print(line)
+        return 0
+    num_found = 0
+    with _progress("reading", name="steps") as progress:
+        for found in data.find(args.text, args.steps, progress):
+            print(f"step {found.step} row {found.row} (sample {found.sample}): {found.text}", flush=True)
+            num_found += 1
+    print(f"{num_found} rows in steps {args.steps.start} to {args.steps.stop - 1}")
     return 0
 
 

@@ -8,10 +8,11 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from neox_jax.errors import InputError
 
@@ -241,7 +242,12 @@ class TrainConfig:
     float32, and float16 has NeoX's dynamic loss scale. remat: what of a layer is kept for the backward pass: all
     (none), nothing (full), what products and attention give (dots), or attention's output (save_attention). attention:
     which implementation; auto is splash on TPU, cudnn on GPU in 16 bits, else xla. compiler_options: a preset of
-    `neox_jax.compiler_options`, auto by the TPU's kind. seed initialises the parameters."""
+    `neox_jax.compiler_options`, auto by the TPU's kind. seed initialises the parameters.
+
+    eod_mask_loss: what is predicted from an end of document does not count. document_masks: attention stays within a
+    document. loss_rows: the loss is the mean over all counted targets of the batch (0), or, of each so many consecutive
+    rows, the mean of their own means: gpt-neox's, with its train_micro_batch_size_per_gpu.
+    """
 
     steps: int = 1000
     batch_size: int = 32
@@ -252,6 +258,9 @@ class TrainConfig:
     remat: str = "none"
     attention: str = "auto"
     compiler_options: str = "auto"
+    eod_mask_loss: bool = False
+    document_masks: bool = False
+    loss_rows: int = 0
 
     def __post_init__(self):
         check_positive("train", self, "steps", "batch_size", "seq_length", "microbatches")
@@ -262,6 +271,11 @@ class TrainConfig:
             raise InputError(
                 f"train.batch_size {self.batch_size} does not divide into train.microbatches {self.microbatches}; "
                 f"try a batch_size of {math.ceil(self.batch_size / self.microbatches) * self.microbatches}"
+            )
+        if self.loss_rows and (self.loss_rows < 0 or self.batch_size % self.loss_rows):
+            raise InputError(
+                f"train.loss_rows is {self.loss_rows}; wanted 0 (all rows together) or a divisor of train.batch_size "
+                f"{self.batch_size}"
             )
 
 
@@ -285,11 +299,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """train, valid: a prefix of .bin/.idx files, or a list of prefixes or of (prefix, weight) pairs.
+    """train, valid: a prefix of .bin/.idx files, or a list of prefixes or of (prefix, weight) pairs; or one or several
+    .jsonl files of conversations. valid may also be several such sets by name, {"code": ..., "prose": ...}.
 
     split: "969, 30, 1" cuts `train` into train, valid and test documents where valid is empty. order: shuffled,
     megatron (gpt-neox's own) or sequential (pre-shuffled files, as Pythia's). seed orders the data. num_samples: of
     order=megatron; 0 means train.steps x train.batch_size. tokenizer: the tokenizer.json that made the files.
+    eod_token: the id that ends a document; -1 means the tokenizer's. chat_template: of conversations, a file or its
+    text (`neox_jax.data.chat`).
     """
 
     train: Any = ""
@@ -299,9 +316,45 @@ class DataConfig:
     seed: int = 1234
     num_samples: int = 0
     tokenizer: str = ""
+    eod_token: int = -1
+    chat_template: str = ""
 
     def __post_init__(self):
         check_choice("data.order", self.order, ORDERS)
+        if not (isinstance(self.eod_token, int) and self.eod_token >= -1):
+            raise InputError(f"data.eod_token is {self.eod_token!r}; wanted the id of a token, or -1 (the tokenizer's)")
+        for name, source in self.valid.items() if isinstance(self.valid, dict) else ():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or not source:
+                raise InputError(
+                    f"data.valid has {name!r}: {source!r}; wanted a name of letters, digits, _ and -, and what it is of"
+                )
+
+    @property
+    def valid_sets(self) -> dict[str, Any]:
+        """The sources of `valid` by name; one without names has the name ""."""
+        return dict(self.valid) if isinstance(self.valid, dict) else {"": self.valid}
+
+
+def is_conversations(source: Any) -> bool:
+    """Whether a source of data is .jsonl files of conversations, and not tokens. Raises: InputError for a mixture."""
+    entries = [source] if isinstance(source, str) else list(source)
+    names = [entry[0] if isinstance(entry, (tuple, list)) and entry else entry for entry in entries]
+    found = [str(name).endswith(".jsonl") for name in names]
+    if any(found) and not (all(found) and names == entries):
+        raise InputError(
+            f"data has {source!r}; .jsonl files of conversations are named alone: without weights or token files beside"
+        )
+    return any(found)
+
+
+class Masks(NamedTuple):
+    """What the marks of a batch (`neox_jax.marks`) are read for.
+
+    targets: some do not count. documents: attention stays within them.
+    """
+
+    targets: bool
+    documents: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,8 +373,8 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out loss every `every` steps (0: only at the end) over `batches` batches; prompt: what the sample of text
-    at the end goes on from, sample_tokens long (0: no sample)."""
+    """Held-out loss every `every` steps (0: only at the end) over `batches` batches of each set; prompt: what the
+    sample of text at the end goes on from, sample_tokens long (0: no sample)."""
 
     every: int = 0
     batches: int = 10
@@ -381,6 +434,11 @@ class Config:
     def __post_init__(self):
         if not self.init_from:  # else the model is known only when the source has been read
             self.check_seq_length()
+
+    def masks(self, source: Any) -> Masks:
+        """Of batches from this source of data."""
+        conversations = is_conversations(source)
+        return Masks(self.train.eod_mask_loss or conversations, self.train.document_masks or conversations)
 
     def check_seq_length(self) -> None:
         if self.train.seq_length > self.model.max_position_embeddings:

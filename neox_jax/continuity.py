@@ -2,11 +2,13 @@
 
 import json
 
-from neox_jax.config import flatten
+from neox_jax.config import flatten, is_conversations
 
 # What the steps to come depend on ("optimizer." is all of it); every other field may be changed between two starts.
 DEPENDS_ON = ("train.batch_size", "train.seq_length", "train.dtype", "train.seed", "optimizer.")
 DEPENDS_ON += ("data.train", "data.split", "data.order", "data.seed", "data.num_samples")
+DEPENDS_ON += ("train.eod_mask_loss", "train.document_masks", "train.loss_rows")
+MASKS_DEPEND_ON = ("data.eod_token", "data.tokenizer", "data.chat_template")
 
 
 def changed_fields(before: dict, now: dict) -> list[str]:
@@ -20,5 +22,7 @@ def changed_fields(before: dict, now: dict) -> list[str]:
     depends_on = DEPENDS_ON
     if now["data.order"] == "megatron" and not now["data.num_samples"]:
         depends_on += ("train.steps",)  # then it is how many samples are put in order
+    if now["train.eod_mask_loss"] or now["train.document_masks"] or is_conversations(now["data.train"]):
+        depends_on += MASKS_DEPEND_ON
     names = [name for name in now if name in before and before[name] != now[name]]
     return [f"{name} is {now[name]!r}, was {before[name]!r}" for name in names if name.startswith(depends_on)]

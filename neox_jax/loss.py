@@ -43,6 +43,21 @@ def cross_entropy_sum(
     return _cross_entropy_sum(vocab_size, layout, hidden_BTD, head_VD, targets_BT, weights_BT)
 
 
+def target_weights(counted_BT: jax.Array, *, rows: int = 0) -> jax.Array:
+    """Weights under which the plain mean over all targets is the mean over those that count.
+
+    rows: 0 for the mean over all counted targets; else, of each so many consecutive rows, the mean of their own means,
+    those without any left out. Weights have the mean 1, so that whatever the batch is divided into is divided as one
+    without masks is; where nothing counts they are 0, and so are the loss and its gradients.
+    Shapes: counted [B,T] bool -> [B,T] float32.
+    """
+    counted_GRT = counted_BT.reshape(-1, rows or counted_BT.shape[0], counted_BT.shape[1])
+    num_counted_G = counted_GRT.sum(axis=(1, 2), dtype=jnp.int32).astype(jnp.float32)
+    num_groups = jnp.maximum((num_counted_G > 0).sum(), 1)
+    weight_G = counted_BT.size / num_groups / jnp.maximum(num_counted_G, 1)
+    return (counted_GRT * weight_G[:, None, None]).reshape(counted_BT.shape)
+
+
 def _groups(mesh, logical: str, size: int) -> int:
     """Over how many devices the mesh spreads a dim of this logical axis."""
     parts = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES[logical])

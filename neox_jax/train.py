@@ -5,8 +5,6 @@ checkpoints/STEP/. Of several processes all do the same; the first alone writes 
 """
 
 import dataclasses
-import functools
-import math
 import time
 from pathlib import Path
 
@@ -22,11 +20,13 @@ from neox_jax.config import Config, ModelConfig
 from neox_jax.continuity import changed_fields
 from neox_jax.convert.files import read_json, to_json, write_text
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
-from neox_jax.data.index import open_samples
+from neox_jax.data.conversations import ConversationSamples
 from neox_jax.data.loader import Loader
+from neox_jax.data.sources import open_source
 from neox_jax.errors import InputError
 from neox_jax.events import Events
 from neox_jax.generation import generate
+from neox_jax.heldout import BITS_PER_BYTE, LOSS, HeldoutSets
 from neox_jax.meter import Meter
 from neox_jax.metrics import MetricsWriter, Progress
 from neox_jax.model import abstract_model
@@ -37,7 +37,7 @@ from neox_jax.sharding import check_sharded, make_mesh, named_sharding, report_s
 from neox_jax.supervision import Supervisor
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
-from neox_jax.train_step import cast_kernels, check_fits, make_eval_step, make_train_step
+from neox_jax.train_step import cast_kernels, check_fits, make_train_step
 
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
 SHARED_SECONDS = 30  # for what one host wrote to be seen by another: NFS keeps what it knows of a folder for a while
@@ -46,13 +46,15 @@ SHARED_SECONDS = 30  # for what one host wrote to be seen by another: NFS keeps 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
     """step: attempts so far. interrupted: stopped by a signal, saved, to be started again by the same command.
-    valid_loss in nats a token, valid_bits_per_byte and sample: None where there is nothing to say."""
+    valid_loss in nats a token, valid_bits_per_byte and sample: None where there is nothing to say. valid_sets: of
+    named sets of held-out data, each one's valid_loss/NAME and valid_bits_per_byte/NAME."""
 
     step: int
     interrupted: bool
     valid_loss: float | None = None
     valid_bits_per_byte: float | None = None
     sample: str | None = None
+    valid_sets: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -98,8 +100,15 @@ class Run:
         self.compiler_preset = preset_for(config.train.compiler_options, self.mesh.devices.flat[0].device_kind)
         self._check_compiler_options()
         self.tokenizer = self._open_tokenizer()
-        self.train_loader, self.valid_loader = self._open_data("train"), self._open_data("valid")
+        self.data_notes = []
+        self.train_loader = self._open_data("train", config.data.train, "data.train")
+        self.valid_loaders = {}  # by the name of the set
+        for name, source in config.data.valid_sets.items():
+            loader = self._open_data("valid", source, f"data.valid.{name}" if name else "data.valid")
+            if loader is not None:
+                self.valid_loaders[name] = loader
         check_fits(config, self.mesh)
+        self.heldout = HeldoutSets(config, self.mesh, self.valid_loaders, self.tokenizer, self.peers)
 
     def _check_compiler_options(self) -> None:
         """Compiles a sum of nothing with them: the compiler itself knows what it takes."""
@@ -141,25 +150,22 @@ class Run:
             )
         return tokenizer
 
-    def _open_data(self, which: str) -> Loader | None:
+    def _open_data(self, which: str, source, field: str) -> Loader | None:
+        """which: "train" or "valid". field: what messages call this source of it."""
         train = self.config.train
         microbatch = (train.batch_size // train.microbatches, train.seq_length + 1)
         named_sharding(microbatch, ("batch", "length"), self.mesh, "train.batch_size / train.microbatches")
         sharding = named_sharding((train.batch_size, train.seq_length + 1), ("batch", "length"), self.mesh, "batch")
-        samples = open_samples(
-            self.config.data,
-            which,
-            seq_length=train.seq_length,
-            num_samples=train.steps * train.batch_size,
-            vocab_size=self.config.model.vocab_size,
-        )
+        samples = open_source(self.config, source, which=which, field=field, tokenizer=self.tokenizer)
         if samples is None:
             return None
+        if isinstance(samples, ConversationSamples):
+            self.data_notes.append(f"{field}: {samples.summary}")
         needed = train.batch_size * (train.steps if which == "train" else 1)
         if samples.num_samples is not None and samples.num_samples < needed:
             product = "train.steps x train.batch_size" if which == "train" else "train.batch_size"
             raise InputError(
-                f"data.{which} has {samples.num_samples} samples of {train.seq_length} tokens; wanted at least "
+                f"{field} has {samples.num_samples} samples of {train.seq_length} tokens; wanted at least "
                 f"{needed} ({product}): give more text, or lower those"
             )
         return Loader(samples, batch_size=train.batch_size, seq_length=train.seq_length, sharding=sharding)
@@ -188,15 +194,12 @@ class Run:
             lines.append(f"pipeline: every stage waits for {share:.1%} of a step (train.microbatches fill it)")
         options = compiler_options(self.compiler_preset)
         lines += [f"compiler option {name}={value} ({self.compiler_preset})" for name, value in options.items()]
+        lines += self.data_notes
         if self.mesh.size > 1:
             for one in report_sharding(self.abstract_state.params):
                 share = one.device_bytes / one.num_bytes
                 lines.append(f"{one.name} {list(one.shape)} over {tuple(one.spec)}: {share:.2%} on a device")
         return lines
-
-    @functools.cached_property
-    def eval_step(self):
-        return make_eval_step(self.config, mesh=self.mesh)
 
     def init_state(self) -> TrainState:
         train = self.config.train
@@ -213,8 +216,9 @@ class Run:
         """Ends all processes where one reads other tokens than the first, by batch 0."""
         if self.peers.num_processes == 1:
             return
-        loaders = {"train": self.train_loader, "valid": self.valid_loader}
-        facts = {f"batch 0 of data.{k} (SHA-256)": loader.digest(0) for k, loader in loaders.items() if loader}
+        valid = {f"valid.{name}" if name else "valid": loader for name, loader in self.valid_loaders.items()}
+        loaders = {"train": self.train_loader, **valid}
+        facts = {f"batch 0 of data.{k} (SHA-256)": loader.digest(0) for k, loader in loaders.items()}
         self.peers.check_same("the data", facts)
 
     def write_files(self) -> None:
@@ -278,13 +282,15 @@ def _train(run: Run, supervisor: Supervisor) -> TrainResult:
             _save(run, step, state, checkpoints, writer, supervisor, force=True)
             if interrupted:
                 return TrainResult(step=step, interrupted=True)
-            loss, bits_per_byte = heldout_loss(run, state.params, supervisor)
+            valid = run.heldout.measure(state.params, supervisor.begin)
     finally:
         checkpoints.close()
         if writer is not None:
             writer.close()
     supervisor.begin("the sample of text")
-    return TrainResult(step, False, loss, bits_per_byte, _sample(run, state.params))
+    return TrainResult(
+        step, False, valid.pop(LOSS, None), valid.pop(BITS_PER_BYTE, None), _sample(run, state.params), valid
+    )
 
 
 def _start(run: Run, checkpoints: RunCheckpoints) -> tuple[int, TrainState]:
@@ -334,11 +340,11 @@ def _loop(
                 if step % config.log.every == 0 or step == config.train.steps:
                     line = meter.line(step)
                     if config.eval.every and step % config.eval.every == 0:
-                        line["valid_loss"], line["valid_bits_per_byte"] = heldout_loss(run, state.params, supervisor)
+                        line |= run.heldout.measure(state.params, supervisor.begin)
                     if writer is not None:
                         if config.log.batch_digest:
                             line["batch_sha256"] = run.train_loader.digest(index)
-                        writer.write({k: v for k, v in line.items() if v is not None})
+                        writer.write(line)
                         seconds_left = line["step_seconds"] * (config.train.steps - step)
                         progress.update(step, _text(line), seconds_left=seconds_left)
                     meter.restart()
@@ -363,22 +369,6 @@ def _save(run: Run, step: int, state: TrainState, checkpoints, writer, superviso
     checkpoints.save(step, state, run.config.model, force=force)
 
 
-def heldout_loss(run: Run, params: dict, supervisor: Supervisor) -> tuple[float | None, float | None]:
-    """Held-out loss in nats a token and bits per byte over eval.batches batches (all there are, if fewer)."""
-    if run.valid_loader is None:
-        return None, None
-    losses, num_bytes, num_tokens = [], 0, 0
-    for index, tokens, _ in run.valid_loader.batches(0, min(run.config.eval.batches, run.valid_loader.num_batches)):
-        supervisor.begin(f"batch {index} of data.valid")
-        losses.append(run.eval_step(params, tokens))
-        num_tokens += tokens.shape[0] * (tokens.shape[1] - 1)
-        if run.tokenizer is not None and run.peers.process_id == 0:  # the others need not read whole batches
-            num_bytes += int(run.tokenizer.num_bytes[run.valid_loader.host_batch(index)[:, 1:]].sum())
-    num_bytes = run.peers.gather("the bytes of the held-out text", num_bytes)[0]
-    nats = float(np.mean(jax.device_get(losses), dtype=np.float64))
-    return nats, nats * num_tokens / math.log(2) / num_bytes if num_bytes else None
-
-
 def _sample(run: Run, params: dict) -> str | None:
     tokens = run.config.eval.sample_tokens
     if run.tokenizer is None or not tokens:
@@ -396,8 +386,12 @@ def _sample(run: Run, params: dict) -> str | None:
 
 def _text(line: dict) -> str:
     text = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tok/s  mfu {line['mfu']:.0%}"
-    if line.get("valid_loss") is not None:
-        text += f"  held-out {line['valid_loss']:.3f}"
+    if LOSS in line:
+        text += f"  held-out {line[LOSS]:.3f}"
+        sets = [
+            f"{name.removeprefix(LOSS + '/')} {loss:.3f}" for name, loss in line.items() if name.startswith(LOSS + "/")
+        ]
+        text += f" ({', '.join(sets)})" if sets else ""
     if line["skipped_updates"]:
         text += f"  skipped {line['skipped_updates']}"
     return text

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from neox_jax.attention import default_backend
 from neox_jax.compiler_options import compiler_options
-from neox_jax.config import Config, ModelConfig
+from neox_jax.config import Config, Masks, ModelConfig
 from neox_jax.errors import InputError
-from neox_jax.loss import cross_entropy_sum
+from neox_jax.loss import cross_entropy_sum, target_weights
+from neox_jax.marks import split_marks
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.optimizer import num_updates
 from neox_jax.pipeline import pipelined_hidden
-from neox_jax.sharding import AXES, constrain
+from neox_jax.sharding import AXES, constrain, platform
 from neox_jax.train_state import TrainState, update_loss_scale
 from neox_jax.tree import is_decayed, map_named
 
@@ -31,20 +33,23 @@ def next_token_loss(
     model: NeoX,
     tokens: jax.Array,
     segment_ids: jax.Array | None = None,
+    weights_BT: jax.Array | None = None,
     *,
     remat: str = "none",
     attention: str = "auto",
 ) -> jax.Array:
     """The mean loss in nats of predicting tokens [B, T + 1] from those before them.
 
-    segment_ids: of the documents; a token sees those of its own document only.
-    Shapes: tokens [B,T+1], segment_ids [B,T+1] or None -> [].
+    segment_ids: of the documents; a token sees those of its own document only. Its position still counts from the row's
+    start: rotary embedding knows distances alone. weights: of the targets, all 1 by default; they should have the mean
+    1 over all rows of a step (`loss.target_weights`).
+    Shapes: tokens [B,T+1], segment_ids [B,T+1] or None, weights [B,T] or None -> [].
     """
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     segment_ids_BT = None if segment_ids is None else segment_ids[:, :-1]
     inputs_BT = constrain(inputs_BT, ("batch", "length"), model.mesh)
     hidden_BTD = model.hidden(inputs_BT, segment_ids=segment_ids_BT, remat=remat, attention=attention)
-    return _head_loss(hidden_BTD, model.head, targets_BT, model) / targets_BT.size
+    return _head_loss(hidden_BTD, model.head, targets_BT, weights_BT, model) / targets_BT.size
 
 
 def pipelined_loss(
@@ -52,6 +57,7 @@ def pipelined_loss(
     params: dict,
     tokens_MBT: jax.Array,
     segment_ids_MBT: jax.Array | None = None,
+    weights_MBT: jax.Array | None = None,
     *,
     dtype,
     remat: str,
@@ -77,26 +83,42 @@ def pipelined_loss(
     head_VD = master.head
 
     def add(total, microbatch):
-        hidden_BTD, targets_BT = microbatch
-        return total + _head_loss(hidden_BTD, head_VD, targets_BT, model), None
+        hidden_BTD, targets_BT, weights_BT = microbatch
+        return total + _head_loss(hidden_BTD, head_VD, targets_BT, weights_BT, model), None
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), (hidden_MBTD, targets_MBT))
+    total, _ = jax.lax.scan(add, jnp.float32(0), (hidden_MBTD, targets_MBT, weights_MBT))
     return total / targets_MBT.size
 
 
-def _head_loss(hidden_BTD, head_VD, targets_BT, model: NeoX) -> jax.Array:
-    weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
+def _head_loss(hidden_BTD, head_VD, targets_BT, weights_BT, model: NeoX) -> jax.Array:
+    weights_BT = jnp.ones(targets_BT.shape, jnp.float32) if weights_BT is None else weights_BT
     vocab_size = model.config.vocab_size
     return cross_entropy_sum(hidden_BTD, head_VD, targets_BT, weights_BT, vocab_size=vocab_size, mesh=model.mesh)
 
 
-def split_microbatches(tokens: jax.Array, microbatches: int, mesh) -> jax.Array:
+def read_batch(rows: jax.Array, masks: Masks, *, loss_rows: int = 0):
+    """(tokens, segment ids, weights of the targets), as the losses above take them; None for what masks do without.
+
+    Shapes: rows [B,T+1], with marks -> [B,T+1], [B,T+1], [B,T].
+    """
+    if not any(masks):
+        return rows, None, None
+    tokens, counted_BT, segment_ids = split_marks(rows)
+    weights_BT = target_weights(counted_BT, rows=loss_rows) if masks.targets else None
+    return tokens, segment_ids if masks.documents else None, weights_BT
+
+
+def split_microbatches(batch, microbatches: int, mesh):
     """Microbatch m takes rows m, m + M, m + 2M ..., so that every device keeps the rows it has.
 
-    Shapes: [B,T] -> [M,B/M,T].
+    Shapes: a tree of [B,T] -> the same of [M,B/M,T].
     """
-    split_MBT = tokens.reshape(-1, microbatches, tokens.shape[-1]).swapaxes(0, 1)
-    return constrain(split_MBT, (None, "batch", "length"), mesh)
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        x_MBT = x_BT.reshape(-1, microbatches, x_BT.shape[-1]).swapaxes(0, 1)
+        return constrain(x_MBT, (None, "batch", "length"), mesh)
+
+    return jax.tree.map(split, batch)
 
 
 def loss_and_gradients(
@@ -104,6 +126,7 @@ def loss_and_gradients(
     params: dict,
     tokens,
     segment_ids=None,
+    weights_BT=None,
     *,
     dtype,
     remat,
@@ -116,23 +139,23 @@ def loss_and_gradients(
     """Mean loss and float32 gradients of it; microbatches fill the pipeline, or are summed in float32 without one.
 
     scale: the loss is multiplied by it before it is differentiated, and the gradients divided by it afterwards. pin:
-    puts a tree of gradients where it shall live. Shapes: tokens, segment_ids [B,T+1].
+    puts a tree of gradients where it shall live. Shapes: tokens, segment_ids [B,T+1], weights [B,T], of mean 1.
     """
+    batch = (tokens, segment_ids, weights_BT)
     split = functools.partial(split_microbatches, microbatches=microbatches, mesh=mesh)
     pipelined = mesh is not None and mesh.shape.get("pipe", 1) > 1
 
-    def loss_fn(params, tokens, segment_ids):
+    def loss_fn(params, *batch):
         model = nnx.merge(graphdef, cast_kernels(params, dtype))
         if pipelined:
-            segments = None if segment_ids is None else split(segment_ids)
-            loss = pipelined_loss(model, params, split(tokens), segments, dtype=dtype, remat=remat, attention=attention)
+            loss = pipelined_loss(model, params, *split(batch), dtype=dtype, remat=remat, attention=attention)
         else:
-            loss = next_token_loss(model, tokens, segment_ids, remat=remat, attention=attention)
+            loss = next_token_loss(model, *batch, remat=remat, attention=attention)
         return loss if scale is None else loss * scale
 
     value_and_grad = jax.value_and_grad(loss_fn)
     if pipelined or microbatches == 1:
-        loss, gradients = value_and_grad(params, tokens, segment_ids)
+        loss, gradients = value_and_grad(params, *batch)
         total, divisor = (loss, pin(gradients)), 1
     else:
 
@@ -141,8 +164,7 @@ def loss_and_gradients(
             return (carry[0] + loss, pin(jax.tree.map(jnp.add, carry[1], gradients))), None
 
         zeros = (jnp.float32(0), pin(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)))
-        segments = None if segment_ids is None else split(segment_ids)
-        total, _ = jax.lax.scan(body, zeros, (split(tokens), segments))
+        total, _ = jax.lax.scan(body, zeros, split(batch))
         divisor = microbatches
     divisor = divisor if scale is None else divisor * scale
     return jax.tree.map(lambda x: x / divisor, total)
@@ -150,7 +172,7 @@ def loss_and_gradients(
 
 def train_step(
     state: TrainState,
-    tokens: jax.Array,
+    rows: jax.Array,
     *,
     graphdef,
     optimizer,
@@ -160,16 +182,18 @@ def train_step(
     attention,
     microbatches,
     mesh,
+    masks,
+    loss_rows,
     skip_grad_norm=0.0,
     moment_shardings=None,
 ):
     """Applies one update, or none where the loss or the gradient norm is not finite or the norm above skip_grad_norm.
 
-    Shapes: tokens [B,T+1]. Metrics (float32 []): loss and grad_norm (before clipping) of this batch, learning_rate
-    used, skipped (0 or 1). A skipped step changes nothing but `step`: the schedule and every moment stay. In float16
-    gradients that are not finite have overflowed: that is `overflowed`, not `skipped`, and lowers `loss_scale`.
-    skip_grad_norm: 0 for no limit. moment_shardings: where the optimizer's moments live, and so where gradients are
-    summed to.
+    Shapes: rows [B,T+1], tokens and their marks. Metrics (float32 []): loss and grad_norm (before clipping) of this
+    batch, learning_rate used, skipped (0 or 1). A skipped step changes nothing but `step`: the schedule and every
+    moment stay. In float16 gradients that are not finite have overflowed: that is `overflowed`, not `skipped`, and
+    lowers `loss_scale`. masks, loss_rows: as `read_batch` takes them. skip_grad_norm: 0 for no limit. moment_shardings:
+    where the optimizer's moments live, and so where gradients are summed to.
     """
 
     def pin(gradients):
@@ -178,7 +202,7 @@ def train_step(
     loss, gradients = loss_and_gradients(
         graphdef,
         state.params,
-        tokens,
+        *read_batch(rows, masks, loss_rows=loss_rows),
         dtype=dtype,
         remat=remat,
         attention=attention,
@@ -226,6 +250,8 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
         attention=config.train.attention,
         microbatches=config.train.microbatches,
         mesh=mesh,
+        masks=config.masks(config.data.train),
+        loss_rows=config.train.loss_rows,
         skip_grad_norm=config.safety.skip_grad_norm,
         moment_shardings=optax.tree.get(state_shardings.optimizer_state, "mu"),
     )
@@ -234,20 +260,21 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
 
 
 def make_eval_step(config: Config, *, mesh):
-    """Jits the loss alone: (params, tokens [B,T+1]) -> mean nats a token, float32 []."""
+    """Jits the loss alone: (params, rows [B,T+1], masks) -> (mean nats over the targets that count, their number)."""
     graphdef, dtype = model_graph(config.model, mesh), jnp.dtype(config.train.dtype)
     attention = config.train.attention
 
-    def eval_step(params, tokens):
+    def eval_step(params, rows, masks):
         model = nnx.merge(graphdef, cast_kernels(params, dtype))
-        split_MBT = split_microbatches(tokens, config.train.microbatches, mesh)
+        tokens, segment_ids, weights_BT = read_batch(rows, masks)
+        num_counted = jnp.int32(rows[:, 1:].size) if weights_BT is None else (weights_BT > 0).sum(dtype=jnp.int32)
+        split = split_microbatches((tokens, segment_ids, weights_BT), config.train.microbatches, mesh)
         if mesh.shape["pipe"] > 1:
-            return pipelined_loss(model, params, split_MBT, dtype=dtype, remat="none", attention=attention)
-        return jnp.mean(
-            jax.lax.map(lambda tokens_BT: next_token_loss(model, tokens_BT, attention=attention), split_MBT)
-        )
+            return pipelined_loss(model, params, *split, dtype=dtype, remat="none", attention=attention), num_counted
+        losses_M = jax.lax.map(lambda batch: next_token_loss(model, *batch, attention=attention), split)
+        return jnp.mean(losses_M), num_counted
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, static_argnames="masks")
 
 
 def check_fits(config: Config, mesh) -> None:
@@ -271,6 +298,16 @@ def check_fits(config: Config, mesh) -> None:
             up = -(-size // parts) * parts
             problems.append(
                 f"{field} {size} does not divide over {over} = {parts}; try {nearest} there, or {field} {up}"
+            )
+    sources = [config.data.train, *config.data.valid_sets.values()]
+    if axes["pipe"] > 1 and any(config.masks(source).documents for source in sources):
+        dtype, head_dim = jnp.dtype(train.dtype), model.head_dim
+        automatic = train.attention == "auto"
+        if (
+            default_backend(platform(mesh), dtype=dtype, head_dim=head_dim) if automatic else train.attention
+        ) == "cudnn":
+            problems.append(
+                "attention cudnn takes no document masks with mesh.pipe above 1; set train.attention to xla"
             )
     if problems:
         raise InputError("; ".join(problems))

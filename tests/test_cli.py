@@ -16,7 +16,8 @@ from neox_jax.model import init_model
 from neox_jax.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("train", "generate", "eval", "convert", "revisions", "tokenize", "train-tokenizer", "corpus", "bench")
+VERBS = ("train", "generate", "eval", "convert", "checkpoint", "revisions", "tokenize", "merge-shards")
+VERBS += ("train-tokenizer", "corpus", "data", "bench")
 TEXT = (ROOT / "neox_jax" / "model.py").read_text(encoding="utf-8")
 
 

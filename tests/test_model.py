@@ -193,12 +193,12 @@ def test_seeds_and_sizes():
 
 LEVELS = {
     0: ["errors", "config", "tree", "hardware", "compiler_options", "hlo", "tokenizer", "sampling", "hub", "peers"],
-    0.5: ["run_lock", "watchdog", "slow_hosts"],
+    0.5: ["run_lock", "watchdog", "slow_hosts", "marks"],
     1: ["distributed", "sharding", "replicas", "rotary", "splash", "attention", "tensor_parallel", "kv_cache", "loss"],
     2: ["model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],
     3.5: ["data"],
-    4: ["checkpoint", "convert", "metrics", "events", "health", "continuity", "meter", "supervision"],
+    4: ["checkpoint", "convert", "metrics", "events", "health", "continuity", "meter", "supervision", "heldout"],
     5: ["train", "evaluate", "bench", "estimate"],
     6: ["cli"],
 }
