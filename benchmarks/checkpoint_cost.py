@@ -10,10 +10,7 @@ copy of the state on the host, or off the device.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from machine import describe_machine
 
 from neox_jax.checkpoint.manager import RunCheckpoints
 from neox_jax.checkpoint.steps import size_on_disk
@@ -178,9 +176,8 @@ def main() -> None:
     (step_folder,) = (args.folder / "run" / "checkpoints").iterdir()
 
     result = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores, {_processor()}; {jax.devices()[0].device_kind}",
-        "python": platform.python_version(),
+        **describe_machine(),
+        "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "orbax": ocp.__version__,
         "preset": args.preset,
@@ -209,11 +206,6 @@ def main() -> None:
         path = args.output / f"{result['date']}-checkpoint-cost-cpu.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(args.folder / "run")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ AdamW). Decoding: 64 greedy tokens behind a prompt of 16, the prompt's own pass 
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from machine import describe_machine
 
 import neox_jax
 from neox_jax.bench import bench_step
@@ -107,12 +106,10 @@ def main():
         name = f"decode, batch {batch_size}"
         results[name] = race(decoding(config, batch_size), args.rounds, batch_size * NEW_TOKENS)
     report = {
-        "date": datetime.date.today().isoformat(),
+        **describe_machine(),
         "preset": args.preset,
         "dtype": "float32",
-        "hardware": f"{_processor()}, {os.cpu_count()} cores",
-        "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers)}
-        | {"python": platform.python_version()},
+        "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers)},
         "results": results,
     }
     text = json.dumps(report, indent=2)
@@ -120,11 +117,6 @@ def main():
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / f"{report['date']}-compare-transformers-{args.preset}.json").write_text(text + "\n")
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ largest tensor, and 1 GiB.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import describe_machine
 
 from neox_jax.config import PRESETS
 from neox_jax.convert.hf import save_hf
@@ -147,9 +146,7 @@ def main() -> None:
     shutil.rmtree(source)
 
     result = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores, {_processor()}",
-        "python": platform.python_version(),
+        **describe_machine(),
         "numpy": np.__version__,
         "model_bytes": model.num_bytes,
         "largest_tensor_bytes": largest,
@@ -173,11 +170,6 @@ def main() -> None:
     if args.output is not None:
         path = args.output / f"{result['date']}-conversion-cpu.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ rows of 2,048 tokens, and puts them on the CPU device. Slow reads sleep 50 ms ea
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from machine import describe_machine
 
 from neox_jax.data import IndexedDataset, IndexedDatasetWriter, MegatronSamples, blend_indices
 from neox_jax.data.gpt_neox import build_index
@@ -157,9 +156,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     result = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores, {_processor()}",
-        "python": platform.python_version(),
+        **describe_machine(),
         "numpy": np.__version__,
         "jax": jax.__version__,
     }
@@ -180,11 +177,6 @@ def main() -> None:
     if args.output is not None:
         path = args.output / f"{result['date']}-data-rates-cpu.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

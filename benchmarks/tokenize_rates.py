@@ -13,10 +13,8 @@ thread over the first documents in batches of 256, is measured in CPU seconds of
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from machine import describe_machine
 
 DOCUMENT_BYTES = 4096  # of ASCII
 LIBRARY_DOCUMENTS = 2000  # which the library alone is given
@@ -105,9 +104,7 @@ def main() -> None:
 
     pairs = list(zip(runs[1], runs[2], strict=True))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores, {_processor()}",
-        "python": platform.python_version(),
+        **describe_machine(),
         "tokenizers": tokenizers.__version__,
         "numpy": np.__version__,
         "tokenizer": args.tokenizer.name,
@@ -127,11 +124,6 @@ def main() -> None:
     if args.output is not None:
         path = args.output / f"{result['date']}-tokenize-rates-cpu.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

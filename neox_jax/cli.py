@@ -309,7 +309,7 @@ def _generate(args) -> int:
         json.dumps({**line, "completion": completion.text, "finish_reason": completion.finish_reason}) + "\n"
         for line, completion in zip(asked, completions, strict=True)
     ]
-    from neox_jax.convert.files import write_text
+    from neox_jax.disk import write_text
 
     write_text(Path(args.output), "".join(lines))
     print(f"{len(lines)} completions in {args.output}")
@@ -557,8 +557,8 @@ def _num_cores() -> int:
 
 
 def _train_tokenizer(args) -> int:
-    from neox_jax.convert.files import write_text
     from neox_jax.data.tokenize import read_texts
+    from neox_jax.disk import write_text
     from neox_jax.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(read_texts(args.inputs, json_key=args.json_key), vocab_size=args.vocab_size)

@@ -399,8 +399,9 @@ class SafetyConfig:
 
     skip_grad_norm: an update whose gradient norm, before clipping, is above it is skipped, as one that is not finite
     always is. max_skipped: so many skipped in a row end the run. step_seconds: a step that takes longer ends it, to be
-    started again. compare_replicas: every so many steps copies that should be equal are compared. slow_hosts: every so
-    many steps the hosts' times are compared.
+    started again; so does a batch of an evaluation, the first with its compilation, or the start of a save.
+    compare_replicas: every so many steps copies that should be equal are compared. slow_hosts: every so many steps the
+    hosts' times are compared.
     """
 
     skip_grad_norm: float = 0.0

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from neox_jax.disk import sync
 from neox_jax.errors import InputError
 
 FLUSH_SECONDS = 30  # of TensorBoard's files
@@ -44,7 +45,7 @@ class MetricsWriter:
             return True
         try:
             for path in (self._path, self._path.parent):
-                _sync(path)
+                sync(path)
         except OSError as error:
             self._warn(error)
             return False
@@ -105,7 +106,7 @@ def _drop_after(path: Path, step: int) -> tuple[int, dict | None]:
             file.truncate(size)
             file.seek(size)
             file.write(ending)
-        _sync(path)
+        sync(path)
     except OSError as error:
         raise InputError(
             f"{path} cannot be cut off behind step {step}, where the run goes on ({_reason(error)}); make it writable, "
@@ -188,15 +189,6 @@ class _TensorBoard:
         except Exception as error:  # of another package's files: no run is stopped for them, whatever it is
             self._writer = None
             _say(f"neox-jax: no more is written for TensorBoard, {self._folder} ({_reason(error)})")
-
-
-def _sync(path: Path) -> None:
-    """What is in a file, or in a folder's list, is on the disk for good."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

@@ -18,11 +18,12 @@ from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.compiler_options import compiler_options, preset_for
 from neox_jax.config import Config, ModelConfig
 from neox_jax.continuity import changed_fields
-from neox_jax.convert.files import read_json, to_json, write_text
+from neox_jax.convert.files import read_json, to_json
 from neox_jax.convert.source import TOKENIZER_FILE, load_model
 from neox_jax.data.conversations import ConversationSamples
 from neox_jax.data.loader import Loader
 from neox_jax.data.sources import open_source
+from neox_jax.disk import write_text
 from neox_jax.errors import InputError
 from neox_jax.events import Events
 from neox_jax.generation import generate

@@ -24,7 +24,7 @@ class Watchdog:
         self._seconds, self._peers = seconds, peers
         self._path = Path(folder) / f"stacks-{peers.process_id}.txt"
         self._turn_seconds = min(1, seconds / 10)
-        self._what, self._turns, self._paused = None, 0, 0
+        self._what, self._turns = None, 0
         self._closed, self._dumping, self._dumped = threading.Event(), threading.Lock(), False
 
     def __enter__(self):
@@ -40,16 +40,6 @@ class Watchdog:
     def beat(self, what: str) -> None:
         """What begins now, "step 12", has `seconds` from here."""
         self._what, self._turns = what, 0
-
-    @contextlib.contextmanager
-    def pause(self):
-        """For what may take long; afterwards the time begins anew."""
-        self._paused += 1
-        try:
-            yield
-        finally:
-            self._turns = 0
-            self._paused -= 1
 
     def dump(self) -> None:
         """Writes every thread's stack to standard error and to the file, once."""
@@ -70,7 +60,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(self._turn_seconds):
             self._turns += 1
-            if self._what is None or self._paused:
+            if self._what is None:
                 self._turns = 0
             elif self._turns * self._turn_seconds > self._seconds:
                 self._end()

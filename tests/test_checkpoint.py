@@ -1,11 +1,9 @@
 """Checkpoints that can be trusted: sums, damage of every kind, full and read-only disks, kills, policies, the verbs."""
 
-import contextlib
 import dataclasses
 import errno
 import json
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -18,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from checkpoint_worker import MODEL, MOMENTS, make_abstract, make_state
+from mounts import in_a_small_disk
 from runs import train_arguments
 
 import neox_jax
@@ -451,31 +450,18 @@ def test_killed_at_any_moment(tmp_path, wanted):
         assert not list((tmp_path / moment).rglob("*tmp*"))
 
 
-def in_a_mount(options: str, command: str) -> tuple[int, str, str]:
-    """Runs a command of sh in a mount namespace of its own, with a tmpfs at /mnt."""
-    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o {options} none /mnt"
-    with contextlib.suppress(OSError):
-        if subprocess.run([*prefix, mount], capture_output=True).returncode == 0:
-            done = subprocess.run(
-                [*prefix, f"{mount} && {command}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-            )
-            return done.returncode, done.stdout, done.stderr
-    pytest.skip("this machine does not let a user mount a tmpfs (unshare --map-root-user --mount)")
-
-
 def test_a_full_disk():
-    code, out, err = in_a_mount("size=16m", f"{sys.executable} {WORKER} full /mnt")
-    assert (code, out, err) == (0, "survived 4\n", "")
+    done = in_a_small_disk("/mnt", "16m", sys.executable, WORKER, "full", "/mnt")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "survived 4\n", "")
 
 
 def test_a_run_on_a_disk_with_room_for_one(data):
     """Step 2 has no room and training goes on; neither has the last one, and that is where the command ends."""
     arguments = train_arguments(data, "/mnt/run", **{"train.steps": 4, "checkpoint.every": 2})
-    command = [sys.executable, "-m", "neox_jax.cli", *map(str, arguments)]
-    code, out, err = in_a_mount("size=6m", f"cd {ROOT} && {shlex.join(command)}")
-    assert code == 65, err
-    assert "no checkpoint of step 2: 0.004" in out
+    done = in_a_small_disk("/mnt", "6m", sys.executable, "-m", "neox_jax.cli", *arguments)
+    err = done.stderr
+    assert done.returncode == 65, err
+    assert "no checkpoint of step 2: 0.004" in done.stdout
     (line,) = [line for line in err.splitlines() if "checkpoint" in line]
     assert line.startswith("neox-jax: the checkpoint of step 4 could not be saved: 0.004")
     assert line.endswith("make room, or lower checkpoint.keep; mend that, and the same command goes on from step 0")
@@ -484,7 +470,8 @@ def test_a_run_on_a_disk_with_room_for_one(data):
 
 def test_a_folder_that_cannot_be_written_to(saved):
     script = f"cp -r {saved} /mnt/run && mount -o remount,ro /mnt && {sys.executable} {WORKER} read_only /mnt/run"
-    code, out, err = in_a_mount("size=32m", script)
+    done = in_a_small_disk("/mnt", "32m", "sh", "-c", script)
+    code, out, err = done.returncode, done.stdout, done.stderr
     assert code == 0, err
     assert err == "neox-jax: /mnt/run/checkpoints/1 cannot be removed: Read-only file system\n"
     assert "\nno checkpoint of step 3: /mnt/run/checkpoints: Read-only file system; training goes on" in out

@@ -1,6 +1,5 @@
 """Faults that meet a whole run: what a user sees, the exit code, and that training goes on with the same bytes."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from mounts import python_in_a_small_disk
 from runs import ROOT, free_port, make_config, run_cli, train_arguments, wait_for_step
 
 from neox_jax.checkpoint.digest import digest_step
@@ -179,20 +179,6 @@ def test_two_runs_in_one_folder(data, tmp_path):
     assert main(["checkpoint", "verify", str(tmp_path / "run")]) == 0
 
 
-def in_a_small_disk(megabytes: int, script: str) -> tuple[int, str, str]:
-    """Runs a Python script where /mnt is a tmpfs of that size."""
-    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size={megabytes}m none /mnt"
-    with contextlib.suppress(OSError):
-        if subprocess.run([*prefix, mount], capture_output=True).returncode == 0:
-            paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-            environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-            command = [*prefix, f'{mount} && exec "$0" -c "$1"', sys.executable, script]
-            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-            return done.returncode, done.stdout, done.stderr
-    pytest.skip("this machine does not let a user mount a tmpfs (unshare --map-root-user --mount)")
-
-
 FULL_DISK = """
 from pathlib import Path
 from runs import run_cli, train_arguments, wait_for_step
@@ -231,9 +217,9 @@ assert len(lines) == {steps}, len(lines)
 def test_a_disk_that_fills_up_and_has_room_again(data, tmp_path):
     fields = {"train.steps": 120, "checkpoint.every": 20, "checkpoint.keep": 2}
     script = FULL_DISK.format(data=str(data), fields=fields, steps=120)
-    code, out, err = in_a_small_disk(40, script)
-    assert code == 0, (out, err)
-    no_checkpoint, last, torn, state, params, *_ = out.splitlines()
+    done = python_in_a_small_disk("/mnt", "40m", script)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    no_checkpoint, last, torn, state, params, *_ = done.stdout.splitlines()
     assert no_checkpoint.startswith("no checkpoint of step 20: ")
     assert no_checkpoint.endswith("training goes on, the next one due tries again")
     assert last.startswith("neox-jax: the checkpoint of step 120 could not be saved: ")
@@ -256,9 +242,9 @@ out, err = process.communicate(timeout=200)
 print(err, end="")
 raise SystemExit(process.returncode)
 """
-    code, out, _ = in_a_small_disk(40, script)
-    assert code == 65
-    (line,) = out.splitlines()
+    done = python_in_a_small_disk("/mnt", "40m", script)
+    assert done.returncode == 65
+    (line,) = done.stdout.splitlines()
     assert line.startswith("neox-jax: /mnt/run")
     assert "read-only file system" in line.lower()
 

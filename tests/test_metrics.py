@@ -3,11 +3,11 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mounts import python_in_a_small_disk
 
 from neox_jax.errors import InputError
 from neox_jax.metrics import MetricsWriter, read_metrics
@@ -172,21 +172,9 @@ print("end", [each["step"] for each in read_metrics(path)] == list(range(1, 12))
 """
 
 
-def on_small_disk(program: str, folder: Path, *, kilobytes: int) -> subprocess.CompletedProcess:
-    """Runs a program with a disk of its own, a tmpfs that only it sees, as its argument."""
-    disk = folder / "disk"
-    disk.mkdir()
-    mount = f'mount -t tmpfs -o size={kilobytes}k none "$1"'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount, "sh", disk], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of their own (unshare -rm)")
-    return subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$2" -c "$3" "$1"', "sh", disk, sys.executable, program],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
 def test_a_full_disk(tmp_path):
-    done = on_small_disk(FULL_DISK, tmp_path, kilobytes=64)
+    (tmp_path / "disk").mkdir()
+    done = python_in_a_small_disk(tmp_path / "disk", "64k", FULL_DISK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "full True False", "room True True", "kept True", "next True 10", "end True",

@@ -192,8 +192,8 @@ def test_seeds_and_sizes():
 
 
 LEVELS = {
-    0: ["errors", "config", "tree", "hardware", "compiler_options", "hlo", "tokenizer", "sampling", "hub", "peers"],
-    0.5: ["run_lock", "watchdog", "slow_hosts", "marks"],
+    0: ["errors", "disk", "config", "tree", "hardware", "compiler_options", "hlo", "tokenizer", "hub", "peers"],
+    0.5: ["sampling", "run_lock", "watchdog", "slow_hosts", "marks"],
     1: ["distributed", "sharding", "replicas", "rotary", "splash", "attention", "tensor_parallel", "kv_cache", "loss"],
     2: ["model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],
@@ -231,7 +231,7 @@ def test_imports_go_one_way():
             assert rank[imported] < rank[room], f"{path.name} ({room}) imports {imported}, which is not below it"
 
 
-HEAVY = ("torch", "transformers", "tensorflow", "ray", "ml_collections", "grain", "tensorboardX")
+HEAVY = ("torch", "transformers", "tensorflow", "ray", "ml_collections", "tensorboardX")
 
 
 def test_import_loads_nothing_heavy():

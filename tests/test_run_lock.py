@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mounts import python_in_a_small_disk
 
 from neox_jax import run_lock
 from neox_jax.errors import InputError
@@ -306,13 +307,7 @@ print(sorted(os.listdir(folder)))
 
 def test_a_full_disk(tmp_path):
     """A tmpfs in a namespace of its own. To hold the folder takes no room; to begin does."""
-    mount = 'mount -t tmpfs -o size=64k none "$1"'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount, "sh", tmp_path], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of their own (unshare -rm)")
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$2" -c "$3" "$1"', "sh", tmp_path, sys.executable, FULL_DISK],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = python_in_a_small_disk(tmp_path, "64k", FULL_DISK)
     assert done.stdout.splitlines() == [
         f"{tmp_path} cannot be locked for this run (no space left on device); it must be a folder that can be written "
         "to, on a disk with room",

@@ -12,8 +12,9 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from etils import epath
 
-from neox_jax.checkpoint.steps import META_FILE, TEMPORARY, sync, temporary_of
+from neox_jax.checkpoint.steps import META_FILE, TEMPORARY, temporary_of
 from neox_jax.checkpoint.sums import write_sums
+from neox_jax.disk import sync
 
 _TOLD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ENOENT, errno.EFBIG)
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from neox_jax.config import ModelConfig
+from neox_jax.disk import sync
 from neox_jax.errors import InputError
 
 FORMAT = 1
@@ -74,15 +75,6 @@ def size_on_disk(folder: Path) -> int:
         return sum(path.stat().st_size for path in files_of(folder))
     except FileNotFoundError:
         return 0
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_meta(model: ModelConfig, params) -> dict:

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from neox_jax.checkpoint.steps import files_of, should_have_sums, sync
+from neox_jax.checkpoint.steps import files_of, should_have_sums
+from neox_jax.disk import sync
 from neox_jax.errors import InputError
 
 SUMS = "SHA256SUMS"

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+from neox_jax.disk import sync
 from neox_jax.errors import InputError
 
 SPARE_BYTES = 64 << 20  # beside the tensors: configuration, headers, indexes, and what a file system takes itself
@@ -78,32 +79,6 @@ def find_partials(folder: Path) -> list[Path]:
 def is_partial(path: Path) -> bool:
     """Whether this is in a folder that `written_whole` has not finished."""
     return any(_PARTIAL.fullmatch(part) for part in Path(os.path.abspath(path)).parts)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or as it was before. Raises: InputError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_json(path: Path):

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from neox_jax.convert.byte_reader import ByteReader, FileReader
-from neox_jax.convert.files import sync
 from neox_jax.convert.lazy_tensor import LazyTensor, contiguous_strides, cut
 from neox_jax.convert.torch_pickle import STORAGES, Ordered, Unknown, read_pickle
 from neox_jax.convert.torch_zip import RESAVE, Member, read_directory, write_zip
+from neox_jax.disk import sync
 
 __all__ = ["LazyTensor", "Unknown", "read_torch_file", "save_torch_file"]
 MAX_PICKLE_BYTES = 64 << 20

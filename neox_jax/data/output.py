@@ -19,6 +19,7 @@ import numpy as np
 
 from neox_jax.data.megatron import HEADER
 from neox_jax.data.text_files import Shard
+from neox_jax.disk import sync
 from neox_jax.errors import InputError
 
 MADE_BY = "neox-jax tokenize 1"
@@ -201,7 +202,6 @@ def publish(folder: Path, prefix: Path, record: Record) -> None:
     text = json.dumps({"made_by": MADE_BY, "work": dataclasses.asdict(record.work), **summary}, indent=1)
     (folder / "tokens.json").write_text(text + "\n", encoding="utf-8")
     for suffix in record.suffixes():
-        with open(folder / f"tokens{suffix}", "rb") as file:
-            os.fsync(file.fileno())
+        sync(folder / f"tokens{suffix}")
     for suffix in record.suffixes():
         os.replace(folder / f"tokens{suffix}", file_of(prefix, suffix))
