@@ -19,11 +19,13 @@ BASE = [
 ]
 HUB = ["huggingface_hub>=2.4,<3"]
 DATA = ["zstandard>=0.25,<1", "jinja2>=3.1,<4"]
-VIZ = ["tensorboardX>=2.6,<3"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10"]
+VIZ = ["tensorboardX>=2.6,<3", "matplotlib>=3.11,<4"]
 TEST = [
     *HUB,
     *DATA,
     *VIZ,
+    *DOCS,
     "torch==2.13.0",
     "transformers==5.23.0",
     "pytest>=9,<10",
@@ -47,6 +49,7 @@ setup(
         "hub": HUB,
         "data": DATA,
         "viz": VIZ,
+        "docs": DOCS,
         "test": TEST,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

@@ -79,12 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, metavar="DIR", help="the run folder: checkpoints, metrics, configuration")
     add("--config.FIELD=VALUE", dest="shown_only", action="store_true", help="override a field, as train.steps=100")
     add("--accept-changes", action="store_true", help="go on with fields that make it another run than it was")
+    add(
+        "--profile",
+        type=_profile_steps,
+        metavar="START:STOP",
+        help="trace steps START to STOP - 1, counted from 1 as in metrics.jsonl, into DIR/profile",
+    )
     add("--distributed", choices=("auto", "off"), help="auto: one of the processes of a TPU pod, srun or Open MPI")
     add("--coordinator", metavar="HOST:PORT", help="one of several processes on plain machines: where process 0 is met")
     add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
     add("--process-id", type=int, metavar="I", help="with --coordinator: which this one is, from 0")
     add("--distributed-timeout", type=_seconds, default=300, metavar="SECONDS", help="how long others are waited for")
     add("--heartbeat-timeout", type=_seconds, default=100, metavar="SECONDS", help="a process so long silent is dead")
+
+    add = verb("plot", _plot, "Draw the curves of runs: loss, gradient norm, speed.").add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders, or files as their metrics.jsonl")
+    add("--output", default="metrics.png", metavar="FILE.png", help="default: metrics.png")
+    add("--x", choices=("step", "tokens", "hours"), default="step", help="hours: of training, summed over steps")
+    add("--metrics", type=_names, default=[], metavar="A,B", help="a panel each, by their names in metrics.jsonl")
+    add("--smooth", type=_count, default=1, metavar="N", help="draw means of N neighbouring lines, the lines faintly")
 
     add = verb("generate", _generate, "Continue a prompt, or every prompt of a jsonl file.").add_argument
     add("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
@@ -164,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     shown = verb("data", _data, "Show the batch of a training step, or find the steps that had a text.")
     kinds = shown.add_subparsers(dest="what", metavar="batch|find", required=True)
     batch = kinds.add_parser("batch", help="print the rows of a step as text, with their documents and their SHA-256")
-    batch.add_argument("--step", type=_count, required=True, metavar="S", help="counted from 0")
-    batch.add_argument("--row", type=_count, metavar="R", help="this row alone, counted from 0")
+    batch.add_argument("--step", type=_index, required=True, metavar="S", help="counted from 0")
+    batch.add_argument("--row", type=_index, metavar="R", help="this row alone, counted from 0")
     batch.add_argument("--tokens", action="store_true", help="token ids, not text")
     find = kinds.add_parser("find", help="print which rows of a range of steps have a text in them")
     find.add_argument("text", metavar="TEXT")
@@ -211,10 +224,17 @@ def _shard(text: str):
     return Shard(int(index), int(count))
 
 
-def _count(text: str) -> int:
+def _index(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names; write A,B")
+    return names
 
 
 def _steps(text: str) -> range:
@@ -222,6 +242,13 @@ def _steps(text: str) -> range:
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise argparse.ArgumentTypeError(f"{text!r} is no range of steps; write A:B, with A below B")
     return range(int(first), int(last))
+
+
+def _profile_steps(text: str) -> range:
+    steps = _steps(text)
+    if not steps.start:
+        raise argparse.ArgumentTypeError(f"{text!r} begins with step 0; steps are counted from 1, as in metrics.jsonl")
+    return steps
 
 
 def _train(args) -> int:
@@ -248,7 +275,7 @@ def _train(args) -> int:
     ) as peers:
         from neox_jax.train import train
 
-        result = train(config, args.workdir, peers=peers, accept_changes=args.accept_changes)
+        result = train(config, args.workdir, peers=peers, accept_changes=args.accept_changes, profile=args.profile)
     return _report_training(result) if peers.process_id == 0 else EXIT_START_AGAIN if result.interrupted else 0
 
 
@@ -275,6 +302,15 @@ def _report_training(result) -> int:
             print(f"  {name} {value:.4f}")
     if result.sample is not None:
         print(f"\na sample of what it writes:\n{'-' * 60}\n{result.sample}\n{'-' * 60}")
+    return 0
+
+
+def _plot(args) -> int:
+    from neox_jax.plot import plot, read_runs
+
+    runs = read_runs(args.runs)
+    plot(runs, args.output, x=args.x, metrics=args.metrics, smooth=args.smooth)
+    print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {args.output}")
     return 0
 
 

@@ -11,6 +11,7 @@ from neox_jax.disk import sync
 from neox_jax.errors import InputError
 
 FLUSH_SECONDS = 30  # of TensorBoard's files
+SPEED = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu")
 
 
 class MetricsWriter:
@@ -31,7 +32,7 @@ class MetricsWriter:
         self._tensorboard = _TensorBoard(Path(folder) / "tensorboard", purge_step=start_step + 1)
 
     def write(self, metrics: dict) -> None:
-        """metrics: `step` and plain numbers or strings, by name; numbers go to TensorBoard too."""
+        """metrics: `step` and plain numbers or strings, by name; numbers go to TensorBoard too, in groups."""
         self.last = metrics
         self._waiting.append(metrics)
         self._append()
@@ -158,7 +159,8 @@ class _TensorBoard:
             from tensorboardX.proto.event_pb2 import Event, SessionLog
 
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            # Two starts within a second are two files: a name that is there would be written over.
+            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.time_ns()}")
             # A viewer forgets what an earlier start wrote from here on.
             self._writer.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
             self._writer.flush()
@@ -171,7 +173,7 @@ class _TensorBoard:
             from tensorboardX.proto.summary_pb2 import Summary
 
             numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, (int, float))}
-            values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+            values = [Summary.Value(tag=_tag(name), simple_value=number) for name, number in numbers.items()]
             self._writer.write_event(Event(wall_time=time.time(), step=metrics["step"], summary=Summary(value=values)))
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._writer.flush()
@@ -189,6 +191,13 @@ class _TensorBoard:
         except Exception as error:  # of another package's files: no run is stopped for them, whatever it is
             self._writer = None
             _say(f"neox-jax: no more is written for TensorBoard, {self._folder} ({_reason(error)})")
+
+
+def _tag(name: str) -> str:
+    """A metric's name for TensorBoard, which shows together what is alike before the first slash."""
+    if name.startswith("valid_"):
+        return f"valid/{name.removeprefix('valid_')}"
+    return f"speed/{name}" if name in SPEED else f"train/{name}"
 
 
 def _reason(error: Exception) -> str:

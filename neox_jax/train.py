@@ -1,7 +1,8 @@
 """Trains a model from a configuration into a run folder; the same call again goes on where it stopped.
 
-A run folder holds config.json, model.json, tokenizer.json, metrics.jsonl, events.jsonl, tensorboard/ and
-checkpoints/STEP/. Of several processes all do the same; the first alone writes what is not a checkpoint, and speaks.
+A run folder holds config.json, model.json, tokenizer.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/STEP/
+and, where asked for, profile/. Of several processes all do the same; the first alone writes what is neither a
+checkpoint nor a profile, and speaks.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
 from neox_jax.pipeline import bubble
+from neox_jax.profiler import Profiler, check_range
 from neox_jax.sharding import check_sharded, make_mesh, named_sharding, report_sharding
 from neox_jax.supervision import Supervisor
 from neox_jax.tokenizer import Tokenizer
@@ -257,29 +259,34 @@ def train(
     devices=None,
     peers: Alone | Peers | None = None,
     accept_changes: bool = False,
+    profile: range | None = None,
 ) -> TrainResult:
     """Trains until train.steps, from the newest checkpoint in `folder` or from the start.
 
     SIGTERM and Ctrl-C end the step, save and return `interrupted`. peers: of `neox_jax.distributed.joined`, where this
     is one of several processes, each of which calls this alike and gets the same result. accept_changes: go on with
-    fields that make it another run than it was.
+    fields that make it another run than it was. profile: steps to trace, counted from 1 as in metrics.jsonl.
     Raises: InputError before anything is written; NumbersError where too many updates in a row were skipped.
     """
+    if profile is not None:
+        check_range(profile, config.train.steps)
     run = Run(config, Path(folder), devices, peers, accept_changes)
+    profiler = Profiler(profile, run.folder, peers=run.peers, say=run.events.say)
     run.check_same_data()
     with Supervisor(run.config, run.folder, run.mesh, run.peers, run.events.say) as supervisor:
         run.write_files()
-        return _train(run, supervisor)
+        return _train(run, supervisor, profiler)
 
 
-def _train(run: Run, supervisor: Supervisor) -> TrainResult:
+def _train(run: Run, supervisor: Supervisor, profiler: Profiler) -> TrainResult:
     config, peers = run.config, run.peers
     checkpoints = RunCheckpoints(run.folder, config.checkpoint, peers, run.events.say)
     start, state = _start(run, checkpoints)
+    profiler.start_run(start)
     writer = MetricsWriter(run.folder, start_step=start) if peers.process_id == 0 else None
     try:
         with peers:  # an error ends all processes before `close` waits for what they were saving together
-            state, step, interrupted = _loop(run, state, start, checkpoints, writer, supervisor)
+            state, step, interrupted = _loop(run, state, start, checkpoints, writer, supervisor, profiler)
             _save(run, step, state, checkpoints, writer, supervisor, force=True)
             if interrupted:
                 return TrainResult(step=step, interrupted=True)
@@ -320,6 +327,7 @@ def _loop(
     checkpoints: RunCheckpoints,
     writer: MetricsWriter | None,
     supervisor: Supervisor,
+    profiler: Profiler,
 ):
     """Steps until the end or a signal; returns (state, step, interrupted)."""
     config, step, stop = run.config, start, False
@@ -334,8 +342,9 @@ def _loop(
         with run.peers.noting_signals():
             supervisor.begin(f"step {start + 1}")
             for index, tokens, wait_seconds in batches:
-                state, metrics = compiled_step(state, tokens)
                 step = index + 1
+                with profiler.step(step, state):
+                    state, metrics = compiled_step(state, tokens)
                 meter.add(wait_seconds, metrics)
                 supervisor.see(step, state, metrics, wait_seconds)
                 if step % config.log.every == 0 or step == config.train.steps:
@@ -349,14 +358,19 @@ def _loop(
                         seconds_left = line["step_seconds"] * (config.train.steps - step)
                         progress.update(step, _text(line), seconds_left=seconds_left)
                     meter.restart()
+                if profiler.is_due(step):
+                    supervisor.begin("the trace of the steps")
+                    profiler.finish((state, metrics))
                 _save(run, step, state, checkpoints, writer, supervisor)
                 stop = run.peers.agree_to_stop(step)
                 if stop:
+                    profiler.finish((state, metrics))
                     break
                 supervisor.begin(f"step {step + 1}")
             supervisor.finish()
     finally:
         batches.close()
+        profiler.close()
         if progress is not None:
             progress.close()
     return state, step, stop and step < config.train.steps
@@ -386,7 +400,7 @@ def _sample(run: Run, params: dict) -> str | None:
 
 
 def _text(line: dict) -> str:
-    text = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tok/s  mfu {line['mfu']:.0%}"
+    text = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tok/s  mfu {line['mfu']:.1%}"
     if LOSS in line:
         text += f"  held-out {line[LOSS]:.3f}"
         sets = [

@@ -17,7 +17,7 @@ from neox_jax.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = ("train", "generate", "eval", "convert", "checkpoint", "revisions", "tokenize", "merge-shards")
-VERBS += ("train-tokenizer", "corpus", "data", "bench")
+VERBS += ("train-tokenizer", "corpus", "data", "bench", "plot")
 TEXT = (ROOT / "neox_jax" / "model.py").read_text(encoding="utf-8")
 
 

@@ -216,8 +216,8 @@ def test_tensorboard_gets_the_numbers(tmp_path, capsys):
     version, start, *lines = events_of(file)
     assert (version.file_version, start.session_log.status, start.step) == ("brain.Event:2", 1, 1)
     found = [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in lines]
-    assert [(step, values["loss"], sorted(values)) for step, values in found] == [
-        (step, step / 2, ["loss", "none"]) for step in (1, 2, 3)
+    assert [(step, values["train/loss"], sorted(values)) for step, values in found] == [
+        (step, step / 2, ["train/loss", "train/none"]) for step in (1, 2, 3)
     ]
     assert capsys.readouterr().err == ""
 
