@@ -7,6 +7,7 @@ Source: GPT-NeoX-20B, arXiv:2204.06745; EleutherAI/gpt-neox; transformers' GPTNe
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from neox_jax.attention import NEGATIVE, Attend, default_backend, make_attend, save_attention
 from neox_jax.config import TANH_GELUS, ModelConfig
+from neox_jax.inside import Patch, check_inside, look_inside
 from neox_jax.rotary import apply_rotary, rotary_tables
 from neox_jax.sharding import constrain, named_sharding, platform, positions_axis
 from neox_jax.tensor_parallel import Ranks
@@ -151,8 +153,17 @@ class Layer(nnx.Module):
         x_BTD, keys_values = self._block(x_BTD, tables, attend, mesh, attention=True, mlp=False)
         return self._block(x_BTD, tables, attend, mesh, attention=False, mlp=True)[0], keys_values
 
-    def _block(self, x_BTD, tables, attend: Attend, mesh, *, attention: bool, mlp: bool):
-        """x and what these two, or one of them, make of it; and (rotated keys, values) or None."""
+    def apart(self, x_BTD, tables, attend: Attend, mesh, *, tap: Callable[[str, jax.Array], jax.Array]):
+        """A call in which tap(name, output) takes the place of what "attention" and "mlp" each add to the residual.
+
+        Shapes: [B,T,D] -> [B,T,D]. To be had apart, the two are summed over ranks apart.
+        """
+        run = functools.partial(self._block, tables=tables, attend=attend, mesh=mesh, onto_BTD=jnp.zeros_like(x_BTD))
+        attended_BTD = x_BTD + tap("attention", run(x_BTD, attention=True, mlp=False)[0])
+        return attended_BTD + tap("mlp", run(x_BTD if self.parallel else attended_BTD, attention=False, mlp=True)[0])
+
+    def _block(self, x_BTD, tables, attend: Attend, mesh, *, attention: bool, mlp: bool, onto_BTD=None):
+        """x, or onto, and what these two, or one of them, make of x; and (rotated keys, values) or None."""
         ranks = Ranks(mesh, x_BTD.shape[1])
 
         def columns(layer, x_BTD):
@@ -179,7 +190,8 @@ class Layer(nnx.Module):
         if mlp:
             inputs.append(checkpoint_name(constrain(out[-1], (*ranks.activation_axes, "mlp"), mesh), PRODUCTS[1]))
         axes = (residual, *axes[2 * attention :])
-        (x_BTD,) = ranks.run(rows, self, x_BTD, *inputs, axes=axes, out_axes=(residual,))
+        onto_BTD = x_BTD if onto_BTD is None else onto_BTD
+        (x_BTD,) = ranks.run(rows, self, onto_BTD, *inputs, axes=axes, out_axes=(residual,))
         return scatter_positions(x_BTD, mesh), keys_values
 
 
@@ -232,14 +244,24 @@ class NeoX(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-    ) -> jax.Array:
-        """Logits of the next token at every position.
+        capture: tuple[str, ...] = (),
+        patch: Patch | None = None,
+    ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits of the next token at every position; with `capture`, (logits, {name: activations}).
 
         Shapes: tokens, segment_ids, positions [B,T] integers (positions count from 0 by default; tokens attend within
         their segment) -> [B,T,V] float32; rows beyond config.vocab_size, there only to divide over a mesh, are -1e30.
         Compiled once per shape, also when called outside jit.
+        capture: any of "residual" (what goes into each layer), "attention", "mlp" (what each adds to it) [L,B,T,D],
+        "attention_weights" [L,B,N,T,S] float32, "final" (the final LayerNorm's output) [B,T,D]. patch: {(name, layer):
+        function of that layer's array}, which gives what takes its place (`docs/interpretability.md`).
+        Raises: InputError for a name or layer that is not there, or a patch that changes a shape or dtype.
         """
-        return _logits(self, tokens, segment_ids, positions)
+        if not capture and not patch:
+            return _logits(self, tokens, segment_ids, positions)
+        capture, patch = check_inside(capture, patch or {}, self.config.num_hidden_layers)
+        logits, captured = look_inside(self, tokens, segment_ids, positions, patch, capture=capture)
+        return (logits, captured) if capture else logits
 
     @property
     def head(self) -> jax.Array:
@@ -271,6 +293,10 @@ class NeoX(nnx.Module):
         tables = self.rotary_tables(jnp.arange(tokens_BT.shape[1]) if positions is None else positions)
         attend = functools.partial(self.attend(attention), segment_ids_BT=segment_ids)
         x_BTD = run_layers(self.layers, self.embed(tokens_BT), tables, attend, self.mesh, remat=remat)
+        return self.finish(x_BTD)
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The final LayerNorm, of all positions. Shapes: what a layer gives, [B,T,D] -> [B,T,D]."""
         return self.final_layer_norm(gather_positions(x_BTD, self.mesh))
 
     def unembed(self, x: jax.Array) -> jax.Array:

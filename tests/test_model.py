@@ -195,11 +195,12 @@ LEVELS = {
     0: ["errors", "disk", "config", "tree", "hardware", "compiler_options", "hlo", "tokenizer", "hub", "peers"],
     0.5: ["sampling", "run_lock", "watchdog", "slow_hosts", "marks"],
     1: ["distributed", "sharding", "replicas", "rotary", "splash", "attention", "tensor_parallel", "kv_cache", "loss"],
-    2: ["model", "pipeline", "optimizer"],
+    2: ["inside", "model", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "generation"],
     3.5: ["data"],
     4: ["checkpoint", "convert", "metrics", "events", "health", "continuity", "meter", "supervision", "heldout"],
-    5: ["train", "evaluate", "bench", "estimate"],
+    4.5: ["profiler"],
+    5: ["train", "evaluate", "bench", "estimate", "plot"],
     6: ["cli"],
 }
 
@@ -231,7 +232,7 @@ def test_imports_go_one_way():
             assert rank[imported] < rank[room], f"{path.name} ({room}) imports {imported}, which is not below it"
 
 
-HEAVY = ("torch", "transformers", "tensorflow", "ray", "ml_collections", "tensorboardX")
+HEAVY = ("torch", "transformers", "tensorflow", "ray", "ml_collections", "tensorboardX", "matplotlib")
 
 
 def test_import_loads_nothing_heavy():
