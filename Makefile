@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/neox-jax
 OUT := runs/quickstart
 
-.PHONY: quickstart test lint clean libtpu
+.PHONY: quickstart test docs lint clean libtpu
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,10 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 # The TPU compiler, which compiles for absent TPUs too. In a folder of its own that only those tests and
@@ -50,9 +54,13 @@ quickstart: $(OUT)/data/train.idx $(OUT)/data/heldout.idx
 test: $(VENV)/.installed-test .libtpu/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --quiet
+	@echo "open site/index.html"
+
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(OUT) .jax_cache .pytest_cache
+	rm -rf $(OUT) site .jax_cache .pytest_cache

@@ -26,6 +26,8 @@ TEST = [
     *DATA,
     *VIZ,
     *DOCS,
+    "nbclient>=0.11,<1",
+    "ipykernel>=7.4,<8",
     "torch==2.13.0",
     "transformers==5.23.0",
     "pytest>=9,<10",
