@@ -2,13 +2,15 @@
 
     python benchmarks/compare_transformers.py --preset pythia-70m --rounds 5 --output benchmarks/results
 
-Both sides have random weights, float32, all cores. Each round runs every contestant once, so that a slow minute of the
-machine hits both; the ratio is that of the medians, and the spread of the rounds' own ratios stands beside it.
-Training: forward, backward, global-norm clip and AdamW on a batch of 4 x 512 (transformers: eager PyTorch, foreach
-AdamW). Decoding: 64 greedy tokens behind a prompt of 16, the prompt's own pass included on both sides.
+Both sides have random weights, float32 but where another format is named, all cores. Each round runs every contestant
+once, so that a slow minute of the machine hits all; ratios are those of the medians, and the spread of the rounds' own
+ratios stands beside them. Training: forward, backward, global-norm clip and AdamW on a batch of 4 x 512 (transformers:
+eager PyTorch, foreach AdamW). Decoding: 64 greedy tokens behind a prompt of 16, the prompt's own pass included on both
+sides. Prefill: 4 prompts of 512, to keys and values and the logits behind each, the same on both sides.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -25,6 +27,8 @@ from machine import describe_machine
 import neox_jax
 from neox_jax.bench import bench_step
 from neox_jax.config import ModelConfig
+from neox_jax.engine import Engine
+from neox_jax.quantize import quantize_model
 
 TRAIN_SHAPE = (4, 512)
 PROMPT_LENGTH, NEW_TOKENS = 16, 64
@@ -56,7 +60,7 @@ def training(config: ModelConfig) -> dict:
 
 def decoding(config: ModelConfig, batch_size: int) -> dict:
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, PROMPT_LENGTH))
-    reference, model = reference_model(config).eval(), neox_jax.init_model(config)
+    reference = reference_model(config).eval()
     inputs = torch.tensor(prompts)
     options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
@@ -65,13 +69,31 @@ def decoding(config: ModelConfig, batch_size: int) -> dict:
             out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
         assert out.shape[1] == PROMPT_LENGTH + NEW_TOKENS
 
-    def ours():
+    def ours(model):
         out = neox_jax.generate(
             model, None, prompts.tolist(), max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True
         )
         assert all(len(c.tokens) == NEW_TOKENS for c in out)
 
-    return {"transformers": theirs, "neox_jax": ours}
+    models = {
+        "neox_jax": neox_jax.init_model(config),
+        "neox_jax, bfloat16": neox_jax.init_model(config, dtype=jnp.bfloat16),
+        "neox_jax, int8 weights": quantize_model(neox_jax.init_model(config), "int8"),
+    }
+    return {"transformers": theirs} | {name: functools.partial(ours, model) for name, model in models.items()}
+
+
+def prefilling(config: ModelConfig) -> dict:
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, TRAIN_SHAPE)
+    reference = reference_model(config).eval()
+    inputs = torch.tensor(prompts)
+    engine = Engine(neox_jax.init_model(config), num_slots=1, max_length=TRAIN_SHAPE[1])
+
+    def theirs():
+        with torch.inference_mode():
+            reference(inputs, use_cache=True, logits_to_keep=1)
+
+    return {"transformers": theirs, "neox_jax": lambda: jax.block_until_ready(engine.prefill(prompts.tolist()))}
 
 
 def race(contestants: dict, rounds: int, tokens: int) -> dict:
@@ -85,11 +107,12 @@ def race(contestants: dict, rounds: int, tokens: int) -> dict:
             run()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = sorted(a / b for a, b in zip(seconds["transformers"], seconds["neox_jax"], strict=True))
+    ours = [name for name in contestants if name != "transformers"]
+    rounds_of = {name: zip(seconds["transformers"], seconds[name], strict=True) for name in ours}
     return {
         "tokens_per_second": {name: round(tokens / median, 1) for name, median in medians.items()},
-        "ratio": round(medians["transformers"] / medians["neox_jax"], 3),
-        "ratio_of_rounds": [round(ratio, 3) for ratio in ratios],
+        "ratio": {name: round(medians["transformers"] / medians[name], 3) for name in ours},
+        "ratio_of_rounds": {name: sorted(round(a / b, 3) for a, b in pairs) for name, pairs in rounds_of.items()},
     }
 
 
@@ -101,14 +124,16 @@ def main():
     args = parser.parse_args()
     config = ModelConfig.preset(args.preset)
     torch.set_num_threads(os.cpu_count())
-    results = {"train 4 x 512": race(training(config), args.rounds, TRAIN_SHAPE[0] * TRAIN_SHAPE[1])}
+    results = {
+        "train 4 x 512": race(training(config), args.rounds, TRAIN_SHAPE[0] * TRAIN_SHAPE[1]),
+        "prefill 4 x 512": race(prefilling(config), args.rounds, TRAIN_SHAPE[0] * TRAIN_SHAPE[1]),
+    }
     for batch_size in (1, 8):
         name = f"decode, batch {batch_size}"
         results[name] = race(decoding(config, batch_size), args.rounds, batch_size * NEW_TOKENS)
     report = {
         **describe_machine(),
         "preset": args.preset,
-        "dtype": "float32",
         "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers)},
         "results": results,
     }

@@ -227,16 +227,23 @@ def cached_attention(
     *,
     keys_BNHS: jax.Array,
     values_BNHS: jax.Array,
+    key_scales_BNS: jax.Array | None = None,
+    value_scales_BNS: jax.Array | None = None,
     lengths_B: jax.Array,
 ) -> jax.Array:
     """New tokens attend to the first lengths[b] cached ones, to those new before them and to themselves.
 
     The cache is only read: the new tokens' own keys and values come beside it, and the two softmaxes are one through
-    a common maximum and sum. Scores and softmax are float32.
-    Shapes: q, k, v [B,T,N,H] of the new tokens, keys, values [B,N,H,S], lengths [B] -> [B,T,N,H] in v.dtype.
+    a common maximum and sum. Scores and softmax are float32. An int8 cache is never made into another array of its
+    size: its scales multiply scores and weights instead.
+    Shapes: q, k, v [B,T,N,H] of the new tokens, keys, values [B,N,H,S], scales [B,N,S], lengths [B] -> [B,T,N,H] in
+    v.dtype.
     """
     scale = q_BTNH.shape[-1] ** -0.5
+    keys_BNHS, values_BNHS = keys_BNHS.astype(q_BTNH.dtype), values_BNHS.astype(v_BTNH.dtype)
     cached_BNTS = jnp.einsum("BTNH,BNHS->BNTS", q_BTNH, keys_BNHS, preferred_element_type=jnp.float32) * scale
+    if key_scales_BNS is not None:
+        cached_BNTS *= key_scales_BNS[:, :, None]
     filled_BS = jnp.arange(keys_BNHS.shape[-1]) < lengths_B[:, None]
     cached_BNTS = jnp.where(filled_BS[:, None, None], cached_BNTS, NEGATIVE)
     new_BNTU = jnp.einsum("BTNH,BUNH->BNTU", q_BTNH, k_BTNH, preferred_element_type=jnp.float32) * scale
@@ -245,7 +252,10 @@ def cached_attention(
     highest = jnp.maximum(cached_BNTS.max(-1, keepdims=True), new_BNTU.max(-1, keepdims=True))
     cached_BNTS, new_BNTU = jnp.exp(cached_BNTS - highest), jnp.exp(new_BNTU - highest)
     total = cached_BNTS.sum(-1, keepdims=True) + new_BNTU.sum(-1, keepdims=True)
-    cached_BNTS, new_BNTU = ((part / total).astype(v_BTNH.dtype) for part in (cached_BNTS, new_BNTU))
+    cached_BNTS, new_BNTU = cached_BNTS / total, (new_BNTU / total).astype(v_BTNH.dtype)
+    if value_scales_BNS is not None:
+        cached_BNTS *= value_scales_BNS[:, :, None]
+    cached_BNTS = cached_BNTS.astype(v_BTNH.dtype)
     out_BTNH = jnp.einsum("BNTS,BNHS->BTNH", cached_BNTS, values_BNHS, preferred_element_type=jnp.float32)
     out_BTNH += jnp.einsum("BNTU,BUNH->BTNH", new_BNTU, v_BTNH, preferred_element_type=jnp.float32)
     return out_BTNH.astype(v_BTNH.dtype)

@@ -1,6 +1,5 @@
 """Measures one thing at a time: a training step, decoding, or prefill. Seconds are medians of the timed repetitions."""
 
-import functools
 import statistics
 import time
 
@@ -10,11 +9,13 @@ import numpy as np
 
 from neox_jax.config import Config, ModelConfig, TrainConfig
 from neox_jax.convert.source import load_model
+from neox_jax.engine import Engine
 from neox_jax.errors import InputError
-from neox_jax.generation import generate, length_bucket, prefill
+from neox_jax.generation import generate
 from neox_jax.hardware import memory_bandwidth, peak_flops
 from neox_jax.model import NeoX, init_model
 from neox_jax.optimizer import make_optimizer, make_schedule
+from neox_jax.quantize import quantize_model
 from neox_jax.sharding import make_mesh
 from neox_jax.train_state import abstract_state, init_state, pure_params
 from neox_jax.train_step import make_train_step
@@ -23,11 +24,12 @@ from neox_jax.tree import num_bytes
 PROMPT_LENGTH = 16
 
 
-def open_model(*, source: str | None, preset: str | None, dtype: str) -> NeoX:
+def open_model(*, source: str | None, preset: str | None, dtype: str, quantize: str | None = None) -> NeoX:
     """A model from a SOURCE, or one of this preset's shape with random weights, on the default device."""
     if source is not None:
-        return load_model(source, dtype=dtype)
-    return init_model(ModelConfig.preset(preset), dtype=dtype)
+        return load_model(source, dtype=dtype, quantize=quantize)
+    model = init_model(ModelConfig.preset(preset), dtype=dtype)
+    return model if quantize is None else quantize_model(model, quantize)
 
 
 def bench_train(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, steps: int) -> dict:
@@ -68,21 +70,20 @@ def bench_step(model: NeoX, tokens: jax.Array, *, dtype: str, **options):
 
 
 def bench_prefill(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, steps: int) -> dict:
-    """Prompts of seq_length tokens into a KV cache, and the logits behind the last token of each."""
+    """Prompts of seq_length tokens to keys and values, and the logits behind the last token of each."""
     _check_shape(model.config, batch_size, seq_length, steps)
-    tokens = _random_tokens(model.config, (batch_size, seq_length))
-    lengths = jnp.full(batch_size, seq_length, jnp.int32)
-    run = jax.jit(
-        functools.partial(prefill, cache_length=length_bucket(seq_length, model.config.max_position_embeddings))
-    )
-    seconds = _median_seconds(lambda: jax.block_until_ready(run(model, tokens, lengths)), steps)
+    prompts = np.asarray(_random_tokens(model.config, (batch_size, seq_length))).tolist()
+    engine = Engine(model, num_slots=1, max_length=seq_length)
+    seconds = _median_seconds(lambda: jax.block_until_ready(engine.prefill(prompts)), steps)
     config = model.config
     head_flops = 2 * config.hidden_size * config.padded_vocab_size  # for the last token of each row only
     flops = batch_size * (seq_length * (config.forward_flops_per_token(seq_length) - head_flops) + head_flops)
     return _compute_bound(seconds, batch_size * seq_length, flops, dtype)
 
 
-def bench_decode(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, steps: int) -> dict:
+def bench_decode(
+    model: NeoX, *, batch_size: int, seq_length: int, dtype: str, steps: int, int8_cache: bool = False
+) -> dict:
     """Greedy decoding of seq_length new tokens behind prompts of 16, everything that `generate` does included.
 
     step_seconds is per token and row of the batch; the prefill is timed apart and taken off. The limit is the time to
@@ -91,14 +92,14 @@ def bench_decode(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, s
     config = model.config
     _check_shape(config, batch_size, seq_length, steps)
     prompts = np.asarray(_random_tokens(config, (batch_size, PROMPT_LENGTH))).tolist()
-    options = {"temperature": 0, "ignore_eos": True, "batch_size": batch_size}
+    options = {"temperature": 0, "ignore_eos": True, "batch_size": batch_size, "int8_cache": int8_cache}
     whole = _median_seconds(lambda: generate(model, None, prompts, max_new_tokens=seq_length + 1, **options), steps)
     first = _median_seconds(lambda: generate(model, None, prompts, max_new_tokens=1, **options), steps)
     seconds = (whole - first) / seq_length
     weights = num_bytes(model) - (0 if config.tie_word_embeddings else num_bytes(model.embed_in))
-    itemsize = jnp.dtype(dtype).itemsize
+    head_bytes = config.head_dim + 4 if int8_cache else config.head_dim * jnp.dtype(dtype).itemsize
     cached_tokens = batch_size * (PROMPT_LENGTH + seq_length / 2)
-    cache = 2 * config.num_hidden_layers * config.hidden_size * cached_tokens * itemsize
+    cache = 2 * config.num_hidden_layers * config.num_attention_heads * head_bytes * cached_tokens
     bandwidth, source = memory_bandwidth(jax.devices()[0])
     return {
         **_environment(),

@@ -14,11 +14,16 @@ import time
 from pathlib import Path
 
 import neox_jax
+from neox_jax.disk import read_text
 from neox_jax.errors import InputError, NumbersError
 
 EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 70, 75, 143
 MAX_SHARED = 10  # lines of parts that revisions share
 PROGRESS_LINE_SECONDS = 30
+DTYPES, QUANTIZATIONS = ("float32", "bfloat16", "float16"), ("int8",)
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+SAMPLING_OPTIONS += ("frequency_penalty", "max_new_tokens", "min_tokens", "stop", "ignore_eos", "seed")
+ENGINE_OPTIONS = ("batch_size", "int8_cache", "num_drafted")
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
@@ -99,22 +104,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics", type=_names, default=[], metavar="A,B", help="a panel each, by their names in metrics.jsonl")
     add("--smooth", type=_count, default=1, metavar="N", help="draw means of N neighbouring lines, the lines faintly")
 
-    add = verb("generate", _generate, "Continue a prompt, or every prompt of a jsonl file.").add_argument
+    add = verb("generate", _generate, "Continue a prompt, every prompt of a jsonl file, or what is typed.").add_argument
     add("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
     add("--prompt", metavar="TEXT", help="text to go on from; what is generated streams to the terminal")
     add("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...}')
-    add("--output", metavar="FILE.jsonl", help="the same lines with completion and finish_reason")
+    add("--output", metavar="FILE.jsonl", help="the same lines with completion and finish_reason, in the same order")
+    add("--interactive", action="store_true", help="continue what is typed, line by line")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
     add("--max-new-tokens", type=int, default=64, metavar="N")
+    add("--min-tokens", type=int, default=0, metavar="N", help="no end-of-text before so many")
     add("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token each time")
     add("--top-k", type=int, default=0, metavar="N", help="0: no limit")
     add("--top-p", type=float, default=1.0, metavar="X")
     add("--min-p", type=float, default=0.0, metavar="X")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="of what is in the prompt too; 1: none")
+    add("--presence-penalty", type=float, default=0.0, metavar="X", help="once for each token that was generated")
+    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="for each time that it was")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--ignore-eos", action="store_true")
     add("--seed", type=int, default=0, metavar="N")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
+    add("--top-logprobs", type=int, default=0, metavar="N", help="with --output: the N likeliest at each token, too")
+    add("--batch-size", type=_count, default=64, metavar="B", help="so many completions together (default: 64)")
+    add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
+    add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
+    add("--int8-cache", action="store_true", help="keys and values in 8 bits")
+    add("--draft", metavar="SOURCE", help="a smaller model of the same tokenizer, which guesses ahead")
+    add("--num-drafted", type=int, default=0, metavar="N", help="tokens guessed ahead; without --draft, by looking up")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
 
     add = verb("eval", _eval, "Score a model on held-out text: nats per token and bits per byte.").add_argument
@@ -123,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
     add("--seq-length", type=int, default=0, metavar="T", help="tokens a window (default: the model's context)")
     add("--batch-size", type=int, default=8, metavar="B")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
+    add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
+    add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
     add("--json", action="store_true", help="print JSON")
 
     convert = verb("convert", _convert, "Convert a model into another format, or compare two of any formats.")
@@ -134,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--to", choices=("hf", "orbax", "neox"), dest="format")
     task.add_argument("--verify", action="store_true", help="write nothing: compare SRC and DST, tensor by tensor")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="with --to neox: into how many parts")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the parameters (default: as stored)")
+    add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
 
     add = verb("checkpoint", _checkpoint, "List, verify, describe, hash or remove a run's checkpoints.").add_argument
@@ -196,8 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", metavar="NAME", help="a model size with random weights, as pythia-70m")
     add("--batch-size", type=int, default=1, metavar="B")
     add("--seq-length", type=int, default=512, metavar="T", help="train, prefill: tokens a row; decode: new tokens")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--dtype", choices=DTYPES, default="float32")
     add("--steps", type=int, default=5, metavar="N", help="timed repetitions, after one that is not")
+    add("--quantize", choices=QUANTIZATIONS, help="decode, prefill: matrices in 8 bits")
+    add("--int8-cache", action="store_true", help="decode: keys and values in 8 bits")
     add("--json", action="store_true", help="print JSON")
     return parser
 
@@ -310,69 +328,48 @@ def _plot(args) -> int:
 
     runs = read_runs(args.runs)
     plot(runs, args.output, x=args.x, metrics=args.metrics, smooth=args.smooth)
-    print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {args.output}")
+    print(f"{_plural(len(runs), 'run')} in {args.output}")
     return 0
 
 
 def _generate(args) -> int:
-    if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
-        return _usage("generate takes either --prompt TEXT, or --input FILE.jsonl with --output FILE.jsonl")
-    asked = [{"prompt": args.prompt}] if args.input is None else _read_prompts(args.input)
+    ways = [args.prompt is not None, args.input is not None, args.interactive]
+    if sum(ways) != 1 or (args.input is None) != (args.output is None):
+        return _usage("generate takes --prompt TEXT, or --input FILE.jsonl with --output FILE.jsonl, or --interactive")
+    if args.top_logprobs and args.input is None:
+        return _usage("--top-logprobs goes with --input and --output only")
+    from neox_jax import prompts
+
+    if args.input is not None:
+        prompts.read_prompts(args.input)  # before the model is loaded
     model, tokenizer = _load(args)
+    options = {name: getattr(args, name) for name in (*SAMPLING_OPTIONS, *ENGINE_OPTIONS, "top_logprobs")}
+    if args.draft is not None:
+        options["draft"] = neox_jax.load_model(args.draft, dtype=args.dtype)
+    if args.interactive:
+        prompts.converse(model, tokenizer, **options)
+    elif args.input is not None:
+        count = prompts.complete_file(model, tokenizer, args.input, args.output, **options)
+        print(f"{_plural(count, 'completion')} in {args.output}")
+    else:
 
-    def stream(row: int, piece: str) -> None:
-        print(piece, end="", flush=True)
+        def stream(_, piece: str) -> None:
+            print(piece, end="", flush=True)
 
-    completions = neox_jax.generate(
-        model,
-        tokenizer,
-        [line["prompt"] for line in asked],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
-        seed=args.seed,
-        stream=stream if args.input is None else None,
-    )
-    if args.input is None:
+        neox_jax.generate(model, tokenizer, [args.prompt], stream=stream, **options)
         print()
-        return 0
-    lines = [
-        json.dumps({**line, "completion": completion.text, "finish_reason": completion.finish_reason}) + "\n"
-        for line, completion in zip(asked, completions, strict=True)
-    ]
-    from neox_jax.disk import write_text
-
-    write_text(Path(args.output), "".join(lines))
-    print(f"{len(lines)} completions in {args.output}")
     return 0
 
 
-def _read_prompts(path: str) -> list[dict]:
-    lines = []
-    for number, text in enumerate(_read_text(path).splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line["prompt"], str):
-                raise TypeError("prompt is no text")
-            lines.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f'{path}, line {number}: wanted {{"prompt": TEXT}}, got {text[:60]!r}') from error
-    return lines
-
-
 def _load(args):
-    model = neox_jax.load_model(args.model, dtype=args.dtype, revision=getattr(args, "revision", None))
-    tokenizer = neox_jax.load_tokenizer(args.tokenizer or args.model, revision=getattr(args, "revision", None))
+    revision = getattr(args, "revision", None)
+    model = neox_jax.load_model(args.model, dtype=args.dtype, revision=revision, quantize=args.quantize)
+    tokenizer = neox_jax.load_tokenizer(args.tokenizer or args.model, revision=revision)
     return model, tokenizer
 
 
 def _eval(args) -> int:
-    text = "".join(_read_text(path) for path in args.text)
+    text = "".join(map(read_text, args.text))
     model, tokenizer = _load(args)
     from neox_jax.evaluate import score_text
 
@@ -433,7 +430,11 @@ def _verify(args) -> int:
     differences = stored.compare(*models)
     for line in problems + differences:
         print(line)
-    verdict = f"{len(differences)} tensors differ" if differences else "the same"
+    verdict = (
+        f"{_plural(len(differences), 'tensor')} {'differs' if len(differences) == 1 else 'differ'}"
+        if differences
+        else "the same"
+    )
     damaged = "; not all is as it was written" if problems else ""
     print(f"{args.source} and {args.destination}: {verdict}{damaged}")
     return EXIT_BAD_INPUT if problems or differences else 0
@@ -643,8 +644,13 @@ def _bench(args) -> int:
     from neox_jax import bench
 
     options = {"batch_size": args.batch_size, "seq_length": args.seq_length, "dtype": args.dtype, "steps": args.steps}
+    if (args.what == "train" and (args.quantize or args.int8_cache)) or (args.what == "prefill" and args.int8_cache):
+        return _usage(f"bench {args.what} takes no --{'quantize' if args.quantize else 'int8-cache'}")
+    if args.what == "decode":
+        options["int8_cache"] = args.int8_cache
     measure = {"train": bench.bench_train, "decode": bench.bench_decode, "prefill": bench.bench_prefill}[args.what]
-    result = measure(bench.open_model(source=args.model, preset=args.preset, dtype=args.dtype), **options)
+    model = bench.open_model(source=args.model, preset=args.preset, dtype=args.dtype, quantize=args.quantize)
+    result = measure(model, **options)
     if args.json:
         print(json.dumps(result))
     else:
@@ -653,12 +659,8 @@ def _bench(args) -> int:
     return 0
 
 
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise InputError(f"cannot read {path}: {reason}") from error
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _usage(text: str) -> int:

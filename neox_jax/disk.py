@@ -16,6 +16,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_text(path: str | Path) -> str:
+    """Raises: InputError if it cannot be read, or is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise InputError(f"cannot read {path}: {reason}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or as it was before. Raises: InputError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,35 +1,23 @@
-"""From prompts to completions: one prefill, then blocks of decoding steps that stay on the device.
-
-SHAPES  B batch (rows)  T prompt length  S cached length  D model  V vocab  L layers  N heads  H head dim  K steps
-Programs are compiled per (rows, prompt bucket, cache bucket) and for nothing else: sampling parameters, seeds, stop
-ids and the number of tokens wanted are all traced. The host reads one block at a time, to stream and to look for stop
-strings.
-"""
+"""From prompts to completions: text, stops and limits, over the slots of an `Engine`."""
 
 import dataclasses
 import functools
 import math
 import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from neox_jax.attention import cached_attention, causal_attention
 from neox_jax.config import ModelConfig
+from neox_jax.engine import NO_TOKEN, Engine, Request, Scores, batch_bucket, length_bucket
 from neox_jax.errors import InputError
-from neox_jax.kv_cache import KVCache
-from neox_jax.model import NeoX, mask_padding
-from neox_jax.sampling import SamplingParams, row_keys, sample
-from neox_jax.sharding import constrain
+from neox_jax.model import NeoX
+from neox_jax.sampling import SamplingParams
 from neox_jax.tokenizer import StreamDecoder
 
-BLOCK_STEPS = 16  # tokens a row between two looks of the host: enough to hide its work, few enough to stream
-SMALLEST_BUCKET = 16
-STOP_ID_BUCKET = 8
-NO_TOKEN = -1
+MAX_TOP_LOGPROBS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,34 +25,18 @@ class Completion:
     """What was generated for one prompt: the prompt and the stop id are not in it.
 
     logprobs: of each token under the model's own distribution, before temperature and filters. finish_reason: "stop"
-    (a stop id or string) or "length".
+    (a stop id or string) or "length". top_logprobs: for each token the likeliest ones there, id to log probability,
+    largest first. prompt_logprobs, prompt_top_logprobs: the same of the prompt's tokens, None for the first. All None
+    where they were not asked for.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Everything about a batch between two steps, on the device.
-
-    last_tokens [B] are sampled but not in the cache yet. history [B,S]: prompt and generated tokens by position, -1
-    where there are none. remaining [B]: tokens still wanted; done [B]. The rest never changes: seeds [3,B] (of
-    `sampling.row_keys`), params, stop_ids [M] (-1 is padding), num_tokens: ids below it may be sampled.
-    """
-
-    cache: KVCache
-    last_tokens: jax.Array
-    history: jax.Array
-    remaining: jax.Array
-    done: jax.Array
-    seeds: jax.Array
-    params: SamplingParams
-    stop_ids: jax.Array
-    num_tokens: jax.Array
+    top_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
 
 def generate(
@@ -78,20 +50,38 @@ def generate(
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: dict[int, float] | None = None,
     seed: int = 0,
     stop: str | int | Sequence[str | int] = (),
     ignore_eos: bool = False,
+    min_tokens: int = 0,
     n: int = 1,
+    top_logprobs: int = 0,
+    prompt_logprobs: bool = False,
     stream: Callable[[int, str], None] | None = None,
+    done: Callable[[int, Completion], None] | None = None,
+    skip: Collection[int] = (),
     batch_size: int = 64,
+    int8_cache: bool = False,
+    draft: NeoX | None = None,
+    num_drafted: int = 0,
 ) -> list[Completion]:
     """Continues each prompt n times; the completions stand prompt by prompt, len(prompts) * n of them.
 
     prompts: strings or lists of token ids; tok may be None where all are ids and no stop is a string (text is then
-    ""). temperature 0 is greedy. stop: strings or ids, besides the end-of-text id (the tokenizer's, else the
-    config's), which ignore_eos turns off; text ends before a stop string, while tokens keep the one that completed it.
+    ""). temperature 0 is greedy. presence_penalty and frequency_penalty count what was generated; logit_bias is added
+    by token id. stop: strings or ids, besides the end-of-text id (the tokenizer's, else the config's), which
+    ignore_eos turns off; text ends before a stop string, while tokens keep the one that completed it; no stop id comes
+    before min_tokens are there. top_logprobs: so many of the likeliest tokens beside each; prompt_logprobs: those of
+    the prompt as well.
     stream(i, piece) is called with text of completion i as soon as it is certain; the pieces add up to its text.
-    batch_size: at most so many completions are decoded together.
+    done(i, completion) is called when it is complete, in the order in which they become so. skip: numbers of
+    completions that are not to be made; the others are what they would have been, and stand in the list alone.
+    batch_size: at most so many completions are decoded together. int8_cache: half the memory and traffic of a 16-bit
+    KV cache. num_drafted: tokens guessed ahead, by a smaller model of the same tokenizer (draft) or by looking up what
+    followed before; that changes the speed and no token.
     A completion depends on its prompt and on seed, not on the other prompts or on where it stands among them; of
     equal prompts, each draws its own.
     Raises: InputError for anything out of range, and for a prompt that with max_new_tokens is over the context.
@@ -103,169 +93,113 @@ def generate(
         top_k=top_k,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
+        min_tokens=min_tokens,
         n=n,
+        top_logprobs=top_logprobs,
         batch_size=batch_size,
+        num_drafted=num_drafted,
     )
     stop_ids, stop_strings = _split_stops(stop, tok, model.config)
     ids = _encode_prompts(prompts, tok, model.config, max_new_tokens)
     eos = model.config.eos_token_id if tok is None or tok.eos_token_id is None else tok.eos_token_id
     if eos is not None and not ignore_eos:
         stop_ids.add(eos)
-    params = SamplingParams(
-        temperature=np.float32(temperature),
-        top_k=np.int32(min(top_k, model.config.vocab_size)),
-        top_p=np.float32(top_p),
-        min_p=np.float32(min_p),
-        repetition_penalty=np.float32(repetition_penalty),
+    request = Request(
+        max_new_tokens,
+        SamplingParams(
+            temperature=temperature,
+            top_k=min(top_k, model.config.vocab_size),
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        ),
+        stop_ids=frozenset(stop_ids),
+        min_tokens=min_tokens,
+        biases=_check_biases(logit_bias, model.config),
     )
-    num_tokens = model.config.vocab_size if tok is None else min(tok.vocab_size, model.config.vocab_size)
-
-    seen, numbered = Counter(), []
-    for prompt in ids:
-        numbered += [(prompt, seen[tuple(prompt)] + i) for i in range(n)]
-        seen[tuple(prompt)] += n
-    rows = []
-    for i, (prompt, sample_number) in enumerate(numbered):
-        text = _TextSoFar(tok, stop_strings, functools.partial(stream, i) if stream else _ignore)
-        rows.append(_Row(prompt, sample_number, text, frozenset(stop_ids), max_new_tokens))
-    for first in range(0, len(rows), batch_size):
-        _run(model, rows[first : first + batch_size], params, seed=seed, num_tokens=num_tokens)
-    return [Completion(row.text.certain, row.tokens, row.logprobs, row.finish_reason) for row in rows]
-
-
-def prefill(model: NeoX, tokens_BT: jax.Array, lengths_B: jax.Array, *, cache_length: int) -> tuple[jax.Array, KVCache]:
-    """Runs the prompts, padded on the right, of which the first lengths[b] tokens count.
-
-    Shapes: tokens [B,T], lengths [B] -> (float32 logits [B,V] behind each prompt's last token, the cache).
-    """
-    config, mesh = model.config, model.mesh
-    tables = model.rotary_tables(jnp.arange(tokens_BT.shape[1]))
-
-    def body(x_BTD, layer):
-        return layer(x_BTD, tables, causal_attention, mesh)
-
-    x_BTD, (keys_LBTNH, values_LBTNH) = jax.lax.scan(body, model.embed(tokens_BT), model.layers)
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    cache = KVCache.zeros(
-        layers=config.num_hidden_layers,
-        batch=len(tokens_BT),
-        heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        length=cache_length,
-        dtype=keys_LBTNH.dtype,
-        mesh=mesh,
+    seen, rows = Counter(), []
+    for i, prompt in enumerate(prompt for prompt in ids for _ in range(n)):
+        # The row's draws depend on the prompt, on how many equal ones came before, and on the seed.
+        seeds = (seed, zlib.crc32(np.asarray(prompt, "<u4").tobytes()), seen[tuple(prompt)])
+        seen[tuple(prompt)] += 1
+        if i not in skip:
+            text = _TextSoFar(tok, stop_strings, functools.partial(stream, i) if stream else _ignore)
+            ended = functools.partial(done, i) if done else _ignore
+            rows.append(_Row(prompt, dataclasses.replace(request, seeds=seeds), text, ended, top_logprobs > 0))
+    if not rows:
+        return []
+    engine = Engine(
+        model,
+        num_slots=batch_bucket(min(len(rows), batch_size), model.mesh),
+        max_length=max(map(len, ids)) + max_new_tokens,
+        num_tokens=model.config.vocab_size if tok is None else min(tok.vocab_size, model.config.vocab_size),
+        top_logprobs=top_logprobs,
+        int8_cache=int8_cache,
+        draft=draft,
+        num_drafted=num_drafted,
     )
-    cache = cache.fill(keys_LBTNH, values_LBTNH, lengths_B, mesh)
-    return next_token_logits(model, last_BD), cache
+    run(engine, rows, scores=prompt_logprobs)
+    return [row.completion() for row in rows]
 
 
-def decode_step(model: NeoX, cache: KVCache, tokens_B: jax.Array, *, active_B: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Runs one token more of each row. Rows that are not active compute as well, but their length stays.
+def run(engine: Engine, rows: Sequence["_Row"], *, scores: bool) -> None:
+    """Keeps the engine's slots filled with rows until all are finished. scores: of the prompts too.
 
-    Shapes: tokens [B], active [B] booleans -> (float32 logits [B,V], the cache).
+    What the device gave is read one call late, so that it never waits for the host.
     """
-    mesh = model.mesh
-    tables = model.rotary_tables(cache.lengths[:, None])
-
-    def body(x_BTD, scanned):
-        layer, keys_BNHS, values_BNHS = scanned
-        attend = functools.partial(
-            cached_attention, keys_BNHS=keys_BNHS, values_BNHS=values_BNHS, lengths_B=cache.lengths
-        )
-        return layer(x_BTD, tables, attend, mesh)
-
-    scanned = (model.layers, cache.keys, cache.values)
-    x_BTD, (keys_LBTNH, values_LBTNH) = jax.lax.scan(body, model.embed(tokens_B[:, None]), scanned)
-    cache = cache.append(keys_LBTNH[:, :, 0], values_LBTNH[:, :, 0], active_B.astype(jnp.int32), mesh)
-    return next_token_logits(model, x_BTD[:, 0]), cache
-
-
-def next_token_logits(model: NeoX, x_BD: jax.Array) -> jax.Array:
-    """The head on one position a row: what `model.unembed` gives, with the table as the left operand.
-
-    On the CPU that reads the table at memory speed from 2 rows on (3.2 ms against 4.7 at Pythia-70m's shape and 8
-    rows). Without the barrier XLA folds the transpose back into the product and swaps its operands.
-    Shapes: [B,D] before the final norm -> float32 [B,V].
-    """
-    x_BD = model.final_layer_norm(x_BD)
-    logits_VB = jnp.einsum("VD,BD->VB", model.head.astype(x_BD.dtype), x_BD, preferred_element_type=jnp.float32)
-    return mask_padding(jax.lax.optimization_barrier(logits_VB).T, model.config)
-
-
-@functools.partial(jax.jit, static_argnames="cache_length")
-def _start(model: NeoX, tokens_BT, lengths_B, wanted: dict, *, cache_length: int):
-    """Prefill and the first token. Returns (state, tokens [B,1], logprobs [B,1]).
-
-    wanted: the fields of DecodeState that the host knows; rows with nothing remaining are padding.
-    """
-    logits_BV, cache = prefill(model, tokens_BT, lengths_B, cache_length=cache_length)
-    batch, length = tokens_BT.shape
-    history_BS = jnp.full((batch, cache_length), NO_TOKEN, jnp.int32)
-    prompt_BT = jnp.where(jnp.arange(length) < lengths_B[:, None], tokens_BT, NO_TOKEN)
-    state = DecodeState(
-        cache=cache,
-        last_tokens=jnp.zeros(batch, jnp.int32),
-        history=jax.lax.dynamic_update_slice(history_BS, prompt_BT, (0, 0)),
-        done=wanted["remaining"] == 0,
-        **wanted,
-    )
-    state, token_B, logprob_B = _choose(state, logits_BV, model.mesh)
-    return state, token_B[:, None], logprob_B[:, None]
+    waiting, free, taken = deque(rows), list(range(engine.num_slots)), {}
+    in_flight = deque()  # (Scores on the device, which row each of its rows is)
+    while waiting or taken:
+        while waiting and free:
+            group = _next_group(engine, waiting, len(free))
+            slots = [free.pop(0) for _ in group]
+            prompts = {tuple(row.prompt): i for i, row in enumerate({tuple(r.prompt): r for r in group}.values())}
+            prefilled = engine.prefill([list(prompt) for prompt in prompts], scores=scores)
+            places = [prompts[tuple(row.prompt)] for row in group]
+            size = len(prefilled.lengths)
+            for first in range(0, len(group), size):
+                part = slice(first, first + size)
+                given = engine.insert(prefilled, slots[part], [row.request for row in group[part]], places[part])
+                in_flight.append((given, list(enumerate(group[part]))))
+            if scores:
+                for row, place in zip(group, places, strict=True):
+                    row.take_prompt(jax.tree.map(lambda part, place=place: part[place], prefilled.scores))
+            taken |= dict(zip(slots, group, strict=True))
+        in_flight.append((engine.decode_block(), list(taken.items())))
+        while len(in_flight) > 1:
+            given, readers = in_flight.popleft()
+            _read(given, [reader for reader in readers if not reader[1].finish_reason])
+        ended = [slot for slot, row in taken.items() if row.finish_reason]
+        engine.free(ended)
+        for slot in ended:
+            del taken[slot]
+        free += ended
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def _decode_block(model: NeoX, state: DecodeState, stopped_B):
-    """Up to BLOCK_STEPS tokens a row, fewer when all rows are done.
-
-    stopped: rows that the host has ended. Returns (state, tokens [B,K], logprobs [B,K]), NO_TOKEN where a row was
-    done before.
-    """
-    state = dataclasses.replace(state, done=state.done | stopped_B)
-    batch = len(state.done)
-    tokens_KB = jnp.full((BLOCK_STEPS, batch), NO_TOKEN, jnp.int32)
-    logprobs_KB = jnp.zeros((BLOCK_STEPS, batch), jnp.float32)
-
-    def go_on(carry):
-        i, state, *_ = carry
-        return (i < BLOCK_STEPS) & ~jnp.all(state.done)
-
-    def step(carry):
-        i, state, tokens_KB, logprobs_KB = carry
-        logits_BV, cache = decode_step(model, state.cache, state.last_tokens, active_B=~state.done)
-        state, token_B, logprob_B = _choose(dataclasses.replace(state, cache=cache), logits_BV, model.mesh)
-        return i + 1, state, tokens_KB.at[i].set(token_B), logprobs_KB.at[i].set(logprob_B)
-
-    _, state, tokens_KB, logprobs_KB = jax.lax.while_loop(go_on, step, (0, state, tokens_KB, logprobs_KB))
-    return state, tokens_KB.T, logprobs_KB.T
+def _next_group(engine: Engine, waiting: deque, num_free: int) -> list["_Row"]:
+    """The rows to prefill next: the first one that waits, and others whose prompts go into the same length."""
+    context = engine.model.config.max_position_embeddings
+    bucket = length_bucket(len(waiting[0].prompt), context)
+    most = min(num_free, engine.prefill_rows(bucket))
+    group = [row for row in waiting if length_bucket(len(row.prompt), context) == bucket][:most]
+    chosen = set(map(id, group))
+    rest = [row for row in waiting if id(row) not in chosen]
+    waiting.clear()
+    waiting.extend(rest)
+    return group
 
 
-def _choose(state: DecodeState, logits_BV, mesh):
-    """Samples behind the last cached token. Returns (state, tokens [B], their log probabilities [B])."""
-    positions_B = state.cache.lengths
-    token_B = sample(
-        logits_BV,
-        state.params,
-        keys_B=row_keys(state.seeds),
-        positions_B=positions_B,
-        previous_tokens_BT=state.history,
-        num_tokens=state.num_tokens,
-    )
-    token_B = constrain(token_B, ("batch",), mesh)
-    logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1)
-    remaining_B = state.remaining - ~state.done
-    stopped_B = jnp.any(token_B[:, None] == state.stop_ids, axis=1)
-    here_BS = jnp.arange(state.history.shape[1]) == positions_B[:, None]
-    history_BS = jnp.where(here_BS & ~state.done[:, None], token_B[:, None], state.history)
-    # Pinned, so that a state that went through a block has the shardings that the block was compiled for.
-    chosen = dataclasses.replace(
-        state,
-        last_tokens=token_B,
-        history=constrain(history_BS, ("batch", "length"), mesh),
-        remaining=constrain(remaining_B, ("batch",), mesh),
-        done=constrain(state.done | stopped_B | (remaining_B == 0), ("batch",), mesh),
-    )
-    return chosen, jnp.where(state.done, NO_TOKEN, token_B), logprob_B
+def _read(given: Scores, readers: list[tuple[int, "_Row"]]) -> None:
+    if not readers:
+        return
+    given = jax.device_get(given)
+    for i, row in readers:
+        row.take(jax.tree.map(lambda part, i=i: part[i], given))
 
 
 class _TextSoFar:
@@ -318,87 +252,74 @@ class _Row:
     """One completion on the host while it is being generated; finish_reason is empty until it is done."""
 
     prompt: list[int]
-    sample_number: int
+    request: Request
     text: _TextSoFar
-    stop_ids: frozenset[int]
-    max_new_tokens: int
+    ended: Callable[[Completion], None]
+    with_top: bool
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    prompt_scores: Scores | None = None
     finish_reason: str = ""
 
-    def take(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Reads what the device gave, up to the first reason to stop."""
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if self.finish_reason or token == NO_TOKEN:
+    def take_prompt(self, scores: Scores) -> None:
+        """scores: of the prompt from its second token on, on the device."""
+        self.prompt_scores = scores
+
+    def take(self, scores: Scores) -> None:
+        """Reads what the device gave, up to the first reason to stop. Shapes: [M]."""
+        for i, token in enumerate(scores.tokens.tolist()):
+            if self.finish_reason:
                 return
+            if token == NO_TOKEN:
+                continue
+            logprob = float(scores.logprobs[i])
             if math.isnan(logprob):
                 raise InputError("the model gives logits that are not numbers; check its weights, or try float32")
-            if token in self.stop_ids:
+            if token in self.request.stop_ids:
                 self._finish("stop")
                 return
             self.tokens.append(token)
             self.logprobs.append(logprob)
+            if self.with_top:
+                self.top_logprobs.append(_as_dict(scores, i))
             self.text.push(token)
             if self.text.stopped:
-                self.finish_reason = "stop"
-            elif len(self.tokens) == self.max_new_tokens:
+                self._finish("stop")
+            elif len(self.tokens) == self.request.max_new_tokens:
                 self._finish("length")
+
+    def completion(self) -> Completion:
+        scores = None if self.prompt_scores is None else jax.device_get(self.prompt_scores)
+        places = range(len(self.prompt) - 1)
+        return Completion(
+            self.text.certain,
+            self.tokens,
+            self.logprobs,
+            self.finish_reason,
+            self.top_logprobs if self.with_top else None,
+            None if scores is None else [None, *(float(scores.logprobs[i]) for i in places)],
+            [None, *(_as_dict(scores, i) for i in places)] if scores is not None and self.with_top else None,
+        )
 
     def _finish(self, reason: str) -> None:
         self.text.finish()
         self.finish_reason = "stop" if self.text.stopped else reason
+        self.ended(self.completion())
 
 
-def _run(model: NeoX, rows: list[_Row], params: SamplingParams, *, seed: int, num_tokens: int) -> None:
-    """Generates for these rows together until all are done."""
-    context = model.config.max_position_embeddings
-    batch = _batch_bucket(len(rows), model.mesh)
-    longest, max_new_tokens = max(len(row.prompt) for row in rows), rows[0].max_new_tokens
-    tokens_BT = np.zeros((batch, length_bucket(longest, context)), np.int32)
-    lengths_B, remaining_B = np.ones(batch, np.int32), np.zeros(batch, np.int32)
-    seeds = np.zeros((3, batch), np.uint32)
-    seeds[0] = seed
-    for i, row in enumerate(rows):
-        tokens_BT[i, : len(row.prompt)] = row.prompt
-        lengths_B[i], remaining_B[i] = len(row.prompt), max_new_tokens
-        seeds[1:, i] = zlib.crc32(np.asarray(row.prompt, "<i4").tobytes()), row.sample_number
-    stop_ids = sorted(rows[0].stop_ids)
-    stop_ids += [NO_TOKEN] * (-len(stop_ids) % STOP_ID_BUCKET if stop_ids else STOP_ID_BUCKET)
-    wanted = {
-        "remaining": remaining_B,
-        "seeds": seeds,
-        "params": params,
-        "stop_ids": np.asarray(stop_ids, np.int32),
-        "num_tokens": np.int32(num_tokens),
-    }
-    cache_length = length_bucket(longest + max_new_tokens, context)
-    state, *given = _start(model, tokens_BT, lengths_B, wanted, cache_length=cache_length)
-    while True:
-        tokens_BK, logprobs_BK = jax.device_get(given)
-        for row, tokens, logprobs in zip(rows, tokens_BK.tolist(), logprobs_BK.tolist(), strict=False):
-            row.take(tokens, logprobs)
-        stopped_B = np.asarray([i >= len(rows) or rows[i].finish_reason != "" for i in range(batch)])
-        if stopped_B.all():
-            return
-        state, *given = _decode_block(model, state, stopped_B)
-
-
-def length_bucket(length: int, context: int) -> int:
-    """The length that arrays are made for: the next power of two, from 16 up to the context."""
-    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), context)
-
-
-def _batch_bucket(rows: int, mesh) -> int:
-    """Rows rounded up to a power of two or, from 8 on, a multiple of 8; then to what divides over the mesh."""
-    bucket = 1 << (rows - 1).bit_length() if rows < 8 else math.ceil(rows / 8) * 8
-    parts = 1 if mesh is None else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    return math.ceil(bucket / parts) * parts
+def _as_dict(scores: Scores, i: int) -> dict[int, float]:
+    return dict(zip(scores.top_ids[i].tolist(), scores.top_logprobs[i].tolist(), strict=True))
 
 
 def _check_parameters(**values) -> None:
-    for name, least in {"max_new_tokens": 1, "top_k": 0, "n": 1, "batch_size": 1, "seed": 0}.items():
-        if not _is_whole(values[name]) or values[name] < least:
-            raise InputError(f"{name} is {values[name]!r}; it must be a whole number, at least {least}")
+    least = {"max_new_tokens": 1, "top_k": 0, "n": 1, "batch_size": 1, "seed": 0, "min_tokens": 0, "num_drafted": 0}
+    for name, lowest in {**least, "top_logprobs": 0}.items():
+        if not _is_whole(values[name]) or values[name] < lowest:
+            raise InputError(f"{name} is {values[name]!r}; it must be a whole number, at least {lowest}")
+    for name, highest in {"min_tokens": values["max_new_tokens"], "top_logprobs": MAX_TOP_LOGPROBS}.items():
+        if values[name] > highest:
+            raise InputError(f"{name} is {values[name]}; it must be at most {highest}")
     if values["seed"] >= 2**32:
         raise InputError(f"seed is {values['seed']}; it must be below 2**32")
     ranges = {
@@ -406,6 +327,8 @@ def _check_parameters(**values) -> None:
         "top_p": (lambda x: 0 < x <= 1, "above 0, at most 1 (off)"),
         "min_p": (lambda x: 0 <= x <= 1, "from 0 (off) to 1"),
         "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0; 1 is off"),
+        "presence_penalty": (math.isfinite, "that is finite; 0 is off"),
+        "frequency_penalty": (math.isfinite, "that is finite; 0 is off"),
     }
     for name, (holds, wanted) in ranges.items():
         value = values[name]
@@ -415,6 +338,15 @@ def _check_parameters(**values) -> None:
 
 def _is_whole(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_biases(logit_bias: dict[int, float] | None, config: ModelConfig) -> dict[int, float]:
+    for token, bias in (logit_bias or {}).items():
+        if not _is_whole(token) or not 0 <= token < config.vocab_size:
+            raise InputError(f"logit_bias has token id {token!r}; ids are from 0 to {config.vocab_size - 1}")
+        if not isinstance(bias, (int, float, np.number)) or not math.isfinite(bias):
+            raise InputError(f"logit_bias of token {token} is {bias!r}; it must be a finite number")
+    return dict(logit_bias or {})
 
 
 def _split_stops(stop, tok, config: ModelConfig) -> tuple[set[int], list[str]]:
@@ -454,5 +386,5 @@ def _encode_prompts(prompts, tok, config: ModelConfig, max_new_tokens: int) -> l
     return encoded
 
 
-def _ignore(piece: str) -> None:
+def _ignore(_) -> None:
     pass

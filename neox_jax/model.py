@@ -53,17 +53,31 @@ class LayerNorm(nnx.Module):
 class Linear(nnx.Module):
     """A stacked dense layer that contracts the trailing `inputs` dims of x and appends the `outputs` dims.
 
-    inputs, outputs: logical axis -> size. kernel [L, *inputs, *outputs]; bias [L, *outputs] or None.
+    inputs, outputs: logical axis -> size. kernel [L, *inputs, *outputs]; bias [L, *outputs] or None. Where it is
+    quantized the kernel is int8 and kernel_scale float32 [L, *outputs], what each output is multiplied by; else None.
     """
 
-    def __init__(self, layers: int, inputs: dict, outputs: dict, *, std: float, bias: bool, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        layers: int,
+        inputs: dict,
+        outputs: dict,
+        *,
+        std: float,
+        bias: bool,
+        dtype,
+        rngs: nnx.Rngs,
+        quantized: bool = False,
+    ):
         shape = (layers, *inputs.values(), *outputs.values())
         kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(dtype), logical=("layers", *inputs, *outputs))
-        # A bias over D is not sharded: it is tiny, and fsdp would gather it for nothing.
+        self.kernel = nnx.Param(kernel.astype(jnp.int8 if quantized else dtype), logical=("layers", *inputs, *outputs))
+        # What is over D alone is not sharded: it is tiny, and fsdp would gather it for nothing.
         axes = tuple("norm" if axis == "embed" else axis for axis in outputs)
-        zeros = jnp.zeros((layers, *outputs.values()), dtype)
-        self.bias = nnx.Param(zeros, logical=("layers", *axes)) if bias else None
+        shape = (layers, *outputs.values())
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), logical=("layers", *axes)) if bias else None
+        scale = nnx.Param(jnp.ones(shape, jnp.float32), logical=("layers", *axes)) if quantized else None
+        self.kernel_scale = scale
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array, ranks: Ranks, *, part: int | None = None) -> jax.Array:
@@ -76,21 +90,28 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array, ranks: Ranks, *, part: int | None = None) -> jax.Array:
         """Without the bias, which is added once to a sum over ranks."""
-        kernel, axes = self.kernel[...].astype(x.dtype), self.kernel.get_metadata("logical")[1:]
+        kernel, axes = self.kernel[...], self.kernel.get_metadata("logical")[1:]
+        if self.kernel_scale is None:
+            kernel = kernel.astype(x.dtype)
         if part is not None:
             kernel, axes = kernel[..., part, :], (*axes[:-2], axes[-1])
-        kernel = ranks.gather_weights(kernel, axes)
+        kernel = ranks.gather_weights(kernel, axes).astype(x.dtype)
         if not ranks.joins_batch:
-            return jnp.tensordot(x, kernel, axes=self.num_inputs)
-        inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
-        y_2d = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(outputs))
-        return y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
+            y = jnp.tensordot(x, kernel, axes=self.num_inputs)
+        else:
+            inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
+            y_2d = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(outputs))
+            y = y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
+        if self.kernel_scale is None:
+            return y
+        scale = self.kernel_scale[...]
+        return (y * (scale if part is None else scale[..., part, :])).astype(x.dtype)
 
 
 class Attention(nnx.Module):
     """Fused query, key and value per head, rotary embedding on part of each head, output projection."""
 
-    def __init__(self, config: ModelConfig, std: float, output_std: float, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, std: float, output_std: float, **options):
         layers, d, heads, head_dim = (
             config.num_hidden_layers,
             config.hidden_size,
@@ -98,7 +119,7 @@ class Attention(nnx.Module):
             config.head_dim,
         )
         per_head = {"heads": heads, "qkv": 3, "head_dim": head_dim}
-        options = {"bias": config.attention_bias, "dtype": dtype, "rngs": rngs}
+        options |= {"bias": config.attention_bias}
         self.query_key_value = Linear(layers, {"embed": d}, per_head, std=std, **options)
         self.dense = Linear(layers, {"heads": heads, "head_dim": head_dim}, {"embed": d}, std=output_std, **options)
 
@@ -114,10 +135,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """D -> F -> D with the configured GELU."""
 
-    def __init__(self, config: ModelConfig, std: float, output_std: float, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, std: float, output_std: float, **options):
         layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         self.approximate = config.hidden_act in TANH_GELUS
-        options = {"bias": True, "dtype": dtype, "rngs": rngs}
+        options |= {"bias": True}
         self.dense_h_to_4h = Linear(layers, {"embed": d}, {"mlp": f}, std=std, **options)
         self.dense_4h_to_h = Linear(layers, {"mlp": f}, {"embed": d}, std=output_std, **options)
 
@@ -129,7 +150,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """All transformer layers, stacked; inside a scan over the stack, one of them."""
 
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs, quantized: bool):
         layers, d = config.num_hidden_layers, config.hidden_size
         if config.init_method == "small_init":
             std, output_std = math.sqrt(2 / (5 * d)), 2 / (layers * math.sqrt(d))
@@ -139,8 +160,9 @@ class Layer(nnx.Module):
         norm = {"eps": config.layer_norm_eps, "dtype": dtype, "stacked": (layers,)}
         self.input_layernorm = LayerNorm(d, **norm)
         self.post_attention_layernorm = LayerNorm(d, **norm)
-        self.attention = Attention(config, std, output_std, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, std, output_std, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs, "quantized": quantized}
+        self.attention = Attention(config, std, output_std, **options)
+        self.mlp = MLP(config, std, output_std, **options)
 
     def __call__(self, x_BTD, tables, attend: Attend, mesh):
         """Shapes: x [B,T,D] -> (x [B,T,D], (rotated keys, values) [B,T,N,H]).
@@ -218,25 +240,32 @@ def run_layers(layers: Layer, x_BTD: jax.Array, tables, attend: Attend, mesh, *,
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]: token embeddings, or the output head."""
+    """A table [V, D]: token embeddings, or the output head. Where it is quantized it is int8, its rows' scales [V]."""
 
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs, quantized: bool = False):
         std = math.sqrt(2 / (5 * config.hidden_size)) if config.init_method == "small_init" else 0.02
         shape = (config.padded_vocab_size, config.hidden_size)
         table = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.embedding = nnx.Param(table.astype(dtype), logical=("vocab", "embed"))
+        self.embedding = nnx.Param(table.astype(jnp.int8 if quantized else dtype), logical=("vocab", "embed"))
+        self.embedding_scale = nnx.Param(jnp.ones(shape[0], jnp.float32), logical=("vocab",)) if quantized else None
 
 
 class NeoX(nnx.Module):
-    """A GPT-NeoX language model. The compute dtype is that of `embed_in`; a mesh pins activations' sharding."""
+    """A GPT-NeoX language model. The compute dtype is that of `embed_in`; a mesh pins activations' sharding.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, mesh=None):
+    quantization: "int8" for matrices (and a head that is not tied) in 8 bits, as `quantize.quantize_model` makes them.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, mesh=None, quantization: str = ""):
         self.config = config
         self.mesh = mesh
-        self.embed_in = Embedding(config, dtype=dtype, rngs=rngs)
-        self.layers = Layer(config, dtype=dtype, rngs=rngs)
+        self.quantization = quantization
+        options = {"dtype": dtype, "rngs": rngs}
+        self.embed_in = Embedding(config, **options)
+        self.layers = Layer(config, **options, quantized=bool(quantization))
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
-        self.embed_out = None if config.tie_word_embeddings else Embedding(config, dtype=dtype, rngs=rngs)
+        tied = config.tie_word_embeddings
+        self.embed_out = None if tied else Embedding(config, **options, quantized=bool(quantization))
 
     def __call__(
         self,
@@ -266,8 +295,19 @@ class NeoX(nnx.Module):
     @property
     def head(self) -> jax.Array:
         """The output head's table [V, D], gathered over fsdp: once, not for every chunk of a loss."""
-        table_VD = (self.embed_in if self.embed_out is None else self.embed_out).embedding[...]
-        return constrain(table_VD, ("vocab", "hidden"), self.mesh)
+        scale = self._head.embedding_scale
+        if scale is None:
+            return self.head_table
+        return self.head_table.astype(self.embed_in.embedding.dtype) * scale[...][:, None]
+
+    @property
+    def head_table(self) -> jax.Array:
+        """The same as it is stored; products with it are to go through `finish_logits`."""
+        return constrain(self._head.embedding[...], ("vocab", "hidden"), self.mesh)
+
+    @property
+    def _head(self) -> Embedding:
+        return self.embed_in if self.embed_out is None else self.embed_out
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Shapes: [B,T] -> [B,T,D]."""
@@ -301,8 +341,13 @@ class NeoX(nnx.Module):
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Shapes: [..., D] -> logits [..., V] float32."""
-        logits = jnp.einsum("...D,VD->...V", x, self.head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return mask_padding(logits, self.config)
+        logits = jnp.einsum("...D,VD->...V", x, self.head_table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return self.finish_logits(logits)
+
+    def finish_logits(self, logits: jax.Array) -> jax.Array:
+        """From products with the head's table [..., V]: scaled where it is int8, masked where it only pads."""
+        scale = self._head.embedding_scale
+        return mask_padding(logits if scale is None else logits * scale[...], self.config)
 
 
 def mask_padding(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -324,12 +369,13 @@ def logical_axes(model: NeoX) -> dict[str, tuple[str, ...]]:
     return {".".join(path): param.get_metadata("logical") for path, param in nnx.to_flat_state(state)}
 
 
-def abstract_model(config: ModelConfig, *, dtype=jnp.float32, mesh=None) -> NeoX:
+def abstract_model(config: ModelConfig, *, dtype=jnp.float32, mesh=None, quantization: str = "") -> NeoX:
     """The model with ShapeDtypeStructs for parameters, with their shardings where there is a mesh.
 
     Raises: InputError if a dim does not divide over the mesh.
     """
-    model = jax.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh))
+    options = {"dtype": dtype, "mesh": mesh, "quantization": quantization}
+    model = jax.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0), **options))
     if mesh is None:
         return model
     axes = logical_axes(model)

@@ -1,7 +1,9 @@
 """From logits to the next token: every parameter is traced and per row, so no setting ever recompiles.
 
-SHAPES  B batch  T tokens so far  V vocab
-Filtered logits are -inf. The order is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+SHAPES  B batch  T tokens so far  V vocab  M ids with a bias or forbidden  K likeliest tokens
+Filtered logits are -inf. The order is the one in which transformers' generate() builds its processors: bias,
+repetition penalty, then temperature, top-k, top-p, min-p. Presence and frequency penalty, which transformers lacks,
+stand right behind the repetition penalty; forbidden ids end up the same wherever they stand before the temperature.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 class SamplingParams:
     """How to choose a token: scalars, or arrays [B]. The defaults change nothing but draw from the whole distribution.
 
-    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 and the other two penalties 0 are off.
     """
 
     temperature: jax.Array | float = 1.0
@@ -23,6 +25,8 @@ class SamplingParams:
     top_p: jax.Array | float = 1.0
     min_p: jax.Array | float = 0.0
     repetition_penalty: jax.Array | float = 1.0
+    presence_penalty: jax.Array | float = 0.0
+    frequency_penalty: jax.Array | float = 0.0
 
 
 def row_keys(seeds: jax.Array) -> jax.Array:
@@ -48,26 +52,36 @@ def sample(
     positions_B: jax.Array,
     previous_tokens_BT: jax.Array,
     num_tokens: jax.Array | int,
+    num_prompt_tokens: jax.Array | int = 0,
+    bias_ids_BM: jax.Array | None = None,
+    biases_BM: jax.Array | None = None,
+    forbidden_ids_BM: jax.Array | None = None,
 ) -> jax.Array:
     """Draws each row's next token, or takes the likeliest where its temperature is 0.
 
     The draw uses fold_in(key of the row, position), position being where in the sequence the token will stand.
-    Ids from num_tokens on (rows of the table that no token uses) are never chosen.
-    Shapes: logits [B,V] float32, keys and positions [B], previous tokens [B,T] (-1 is padding) -> [B] int32.
+    Biases are added to the logits of their ids before anything else. Forbidden ids, and those from num_tokens on (rows
+    of the table that no token uses), are never chosen. The first num_prompt_tokens of the previous tokens are the
+    prompt, as in `process_logits`.
+    Shapes: logits [B,V] float32, keys and positions [B], previous tokens [B,T], bias ids, biases and forbidden ids
+    [B,M] each with its own M (an id of -1 is padding), num_prompt_tokens a scalar or [B] -> [B] int32.
     """
+    if bias_ids_BM is not None:
+        biased = jnp.any(bias_ids_BM >= 0)
+        logits_BV = jax.lax.cond(biased, _add_at, _unchanged, logits_BV, bias_ids_BM, biases_BM)
+    if forbidden_ids_BM is not None:
+        logits_BV = jax.lax.cond(jnp.any(forbidden_ids_BM >= 0), _forbid, _unchanged, logits_BV, forbidden_ids_BM)
     logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < num_tokens, logits_BV, -jnp.inf)
+    logits_BV = _penalize(logits_BV, previous_tokens_BT, num_prompt_tokens, params)
 
-    def greedy(logits_BV):
-        return argmax(logits_BV)
-
-    def general(logits_BV):
-        processed_BV = process_logits(logits_BV, previous_tokens_BT, **_fields(params))
+    def draw(logits_BV):
+        filtered_BV = _filter(logits_BV, params)
         keys = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, processed_BV.shape[-1:]))(keys)
-        return argmax(processed_BV + jnp.where(_column(params.temperature) > 0, noise_BV, 0))
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, filtered_BV.shape[-1:]))(keys)
+        return argmax(filtered_BV + jnp.where(_column(params.temperature) > 0, noise_BV, 0))
 
-    plain = jnp.all(jnp.asarray(params.temperature) == 0) & jnp.all(jnp.asarray(params.repetition_penalty) == 1)
-    return jax.lax.cond(plain, greedy, general, logits_BV)
+    # No filter takes away the likeliest token, so where every row is greedy none has to run.
+    return jax.lax.cond(jnp.all(jnp.asarray(params.temperature) == 0), argmax, draw, logits_BV)
 
 
 def process_logits(
@@ -79,22 +93,33 @@ def process_logits(
     top_p=1.0,
     min_p=0.0,
     repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    num_prompt_tokens=0,
 ) -> jax.Array:
     """The logits that a token is drawn from, equal to what transformers' processors give.
 
     Each parameter is a scalar or an array [B], as in SamplingParams; temperature 0 leaves the scale alone, for the
-    caller to take the maximum. Previous tokens outside [0, V), such as a padding of -1, are not counted. Tokens that
+    caller to take the maximum. Previous tokens outside [0, V), such as a padding of -1, are not counted. The
+    repetition penalty counts all of them; presence and frequency penalty only those from index num_prompt_tokens on,
+    and take presence + frequency * count off the logit of each token that occurs there (OpenAI's formula). Tokens that
     tie with the last one kept by top-k or top-p are kept too.
     Shapes: logits [B,V], previous tokens [B,T] integers -> [B,V] float32.
     """
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits_BV = _penalize(logits_BV.astype(jnp.float32), previous_tokens_BT, num_prompt_tokens, params)
+    return _filter(logits_BV, params)
+
+
+def top_logprobs(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest tokens of each row under the model's own distribution, the likeliest first, lower ids before.
+
+    Shapes: logits [B,V] -> (ids [B,K] int32, log probabilities [B,K] float32).
+    """
     logits_BV = logits_BV.astype(jnp.float32)
-    temperature, top_k, top_p, min_p, penalty = map(_column, (temperature, top_k, top_p, min_p, repetition_penalty))
-    logits_BV = jax.lax.cond(jnp.any(penalty != 1), _penalize, _unchanged, logits_BV, previous_tokens_BT, penalty)
-    logits_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)
-    logits_BV = jax.lax.cond(jnp.any(top_k > 0), _keep_top_k, _unchanged, logits_BV, top_k)
-    logits_BV = jax.lax.cond(jnp.any(top_p < 1), _keep_top_p, _unchanged, logits_BV, top_p)
-    threshold = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)  # log(0) = -inf keeps everything
-    return jnp.where(logits_BV >= threshold, logits_BV, -jnp.inf)
+    # On one CPU core, [8, 50304], k = 5 and 20: 0.6 and 0.9 ms, against 1.2 and 6.6 ms for k rounds of argmax.
+    values_BK, ids_BK = jax.lax.top_k(logits_BV, k)
+    return ids_BK, values_BK - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
 
 
 def argmax(x_BV: jax.Array) -> jax.Array:
@@ -108,10 +133,6 @@ def argmax(x_BV: jax.Array) -> jax.Array:
     return jnp.minimum(first, size - 1)  # a row of NaN has no maximum; stay within the table
 
 
-def _fields(params: SamplingParams) -> dict:
-    return {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
-
-
 def _column(parameter) -> jax.Array:
     """A scalar to [1, 1], an array [B] to [B, 1]."""
     return jnp.asarray(parameter).reshape(-1, 1)
@@ -121,14 +142,56 @@ def _unchanged(logits_BV, *_):
     return logits_BV
 
 
-def _penalize(logits_BV, previous_tokens_BT, penalty):
+def _penalize(logits_BV, tokens_BT, num_prompt_tokens, params: SamplingParams):
+    repetition, presence, frequency, num_prompt_tokens = map(
+        _column, (params.repetition_penalty, params.presence_penalty, params.frequency_penalty, num_prompt_tokens)
+    )
+    logits_BV = jax.lax.cond(jnp.any(repetition != 1), _penalize_occurred, _unchanged, logits_BV, tokens_BT, repetition)
+    of_generated = tokens_BT, num_prompt_tokens, presence, frequency
+    used = jnp.any((presence != 0) | (frequency != 0))
+    return jax.lax.cond(used, _penalize_generated, _unchanged, logits_BV, *of_generated)
+
+
+def _penalize_occurred(logits_BV, tokens_BT, penalty):
     """Divides the positive logits of the tokens that occurred by the penalty, multiplies the negative ones."""
-    batch, size = logits_BV.shape
+    penalized_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return jnp.where(_counts(tokens_BT, logits_BV) > 0, penalized_BV, logits_BV)
+
+
+def _penalize_generated(logits_BV, tokens_BT, num_prompt_tokens, presence, frequency):
+    is_generated_BT = jnp.arange(tokens_BT.shape[1]) >= num_prompt_tokens
+    counts_BV = _counts(jnp.where(is_generated_BT, tokens_BT, -1), logits_BV)
+    return logits_BV - jnp.where(counts_BV > 0, presence + frequency * counts_BV, 0)
+
+
+def _counts(tokens_BT, logits_BV):
+    return _add_at(jnp.zeros_like(logits_BV), tokens_BT, jnp.ones(tokens_BT.shape))
+
+
+def _forbid(logits_BV, ids_BM):
+    return _add_at(logits_BV, ids_BM, jnp.full(ids_BM.shape, -jnp.inf))
+
+
+def _add_at(x_BV, ids_BM, values_BM):
+    """Adds each value to its row at its id; ids outside [0, V) are dropped."""
     # Negative indices would count from the end; past the end, "drop" ignores them.
-    tokens_BT = jnp.where(previous_tokens_BT < 0, size, previous_tokens_BT)
-    occurred_BV = jnp.zeros((batch, size), bool)
-    occurred_BV = occurred_BV.at[jnp.arange(batch)[:, None], tokens_BT].set(True, mode="drop")
-    return jnp.where(occurred_BV, jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
+    ids_BM = jnp.where(ids_BM < 0, x_BV.shape[-1], ids_BM)
+
+    def add(x_V, ids_M, values_M):
+        return x_V.at[ids_M].add(values_M, mode="drop")
+
+    # By vmap: with the rows' numbers as a second index, XLA gathers ids and values that are sharded over the rows.
+    return jax.vmap(add)(x_BV, ids_BM, values_BM.astype(x_BV.dtype))
+
+
+def _filter(logits_BV, params: SamplingParams):
+    temperature, top_k, top_p, min_p = map(_column, (params.temperature, params.top_k, params.top_p, params.min_p))
+    # At less than 1e-30, which is greedy already, quotients would be infinite and thereby equal.
+    logits_BV = logits_BV / jnp.where(temperature > 0, jnp.maximum(temperature, 1e-30), 1)
+    logits_BV = jax.lax.cond(jnp.any(top_k > 0), _keep_top_k, _unchanged, logits_BV, top_k)
+    logits_BV = jax.lax.cond(jnp.any(top_p < 1), _keep_top_p, _unchanged, logits_BV, top_p)
+    threshold = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)  # log(0) = -inf keeps everything
+    return jnp.where(logits_BV >= threshold, logits_BV, -jnp.inf)
 
 
 def _keep_top_k(logits_BV, top_k):
@@ -151,8 +214,8 @@ def _keep_top_p(logits_BV, top_p):
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 to uint32 in the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    """float32 to uint32 in the same order, zeros of both signs to the same number."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

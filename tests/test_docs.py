@@ -106,6 +106,7 @@ def home(data, tmp_path_factory) -> Path:
         shutil.copy(ROOT / "neox_jax" / f"{name}.py", folder / "text" / f"{name}.txt")
     shutil.copy(folder / "text" / "tree.txt", folder / "heldout.txt")
     chat = [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}"} for i in range(200)]
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "def f{i}("}}\n' for i in range(5)))
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chat))
 
     tokenizer, model = neox_jax.load_tokenizer(folder / "tokenizer.json"), init_model(TINY, seed=1)

@@ -2,7 +2,6 @@
 what it compiles and how much memory a block takes."""
 
 import dataclasses
-import importlib
 import re
 
 import jax
@@ -14,13 +13,12 @@ from variants import VARIANTS, random_model, random_reference
 from neox_jax.config import ModelConfig
 from neox_jax.convert.hf import load_hf
 from neox_jax.errors import InputError
-from neox_jax.generation import BLOCK_STEPS, Completion, decode_step, generate, length_bucket, prefill
+from neox_jax.generation import Completion, generate
 from neox_jax.model import abstract_model
 from neox_jax.sharding import make_mesh
 from neox_jax.tokenizer import train_tokenizer
 from neox_jax.tree import map_named
 
-generation = importlib.import_module("neox_jax.generation")  # the package's attribute of that name is the function
 CONFIG = ModelConfig.from_hf(VARIANTS["pythia"])
 EIGHT_HEADS = dataclasses.replace(CONFIG, hidden_size=64, num_attention_heads=8, vocab_size=96)
 
@@ -94,25 +92,6 @@ def test_greedy_with_repetition_penalty_is_that_of_transformers(tmp_path):
     options = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
     assert tokens_of(generate(model, None, [prompt], repetition_penalty=1.5, **options)) == [wanted]
     assert tokens_of(generate(model, None, [prompt], **options)) != [wanted]
-
-
-@pytest.mark.parametrize("name", ["pythia", "redpajama"])
-def test_cached_decoding_equals_the_full_forward(name):
-    """Logits at every position of ragged rows, and the logprobs of a sampled completion."""
-    model = random_model(VARIANTS[name])
-    lengths, total = np.asarray([5, 1, 17, 16]), 30
-    tokens = np.asarray(prompts_of(model.config, [total] * 4))
-    wanted = np.asarray(model(jnp.asarray(tokens)))
-    prompts = np.where(np.arange(32) < lengths[:, None], np.pad(tokens, ((0, 0), (0, 2))), 7)
-    logits, cache = jax.jit(prefill, static_argnames="cache_length")(model, prompts, lengths, cache_length=32)
-    step = jax.jit(decode_step, donate_argnames="cache")
-    rows = np.arange(4)
-    np.testing.assert_allclose(logits, wanted[rows, lengths - 1], atol=1e-4)
-    for _ in range(total - 17):
-        logits, cache = step(model, cache, tokens[rows, lengths], active_B=lengths < total)
-        np.testing.assert_allclose(logits, wanted[rows, lengths], atol=1e-4)
-        lengths = lengths + 1
-    np.testing.assert_array_equal(cache.lengths, lengths)
 
 
 def logits_after(model, prompts: list[list[int]], completions: list[Completion]) -> list[np.ndarray]:
@@ -425,69 +404,3 @@ def test_damaged_weights_are_no_text(model):
     broken = map_named(lambda name, leaf: leaf * jnp.nan if name == "final_layer_norm.scale" else leaf, model)
     with pytest.raises(InputError, match="not numbers"):
         generate(broken, None, [[1]], max_new_tokens=8)
-
-
-# ---- costs
-
-
-@pytest.mark.parametrize(
-    ("length", "bucket"), [(1, 16), (16, 16), (17, 32), (32, 32), (1000, 1024), (1025, 2048), (1400, 1500)]
-)
-def test_length_buckets(length, bucket):
-    assert length_bucket(length, 1500 if length == 1400 else 2048) == bucket
-
-
-@pytest.mark.parametrize("axes", [None, {"data": 2, "model": 4}])
-def test_a_second_call_compiles_nothing(axes):
-    """Other prompts, seeds, parameters, stops and numbers of tokens within the same buckets; several blocks each."""
-    model = sharded(EIGHT_HEADS, make_mesh(**axes)) if axes else random_model(EIGHT_HEADS, seed=4)
-    compiled = []
-
-    def count(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    generate(model, None, prompts_of(EIGHT_HEADS, (5, 9)), max_new_tokens=3 * BLOCK_STEPS - 2, ignore_eos=True)
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        prompts = prompts_of(EIGHT_HEADS, (11, 16), seed=1)
-        generate(model, None, prompts, max_new_tokens=30, temperature=0, stop=[3, 4])
-        generate(model, None, prompts, max_new_tokens=41, seed=9, temperature=0.7, top_p=0.9, stop=5, ignore_eos=True)
-        generate(model, None, prompts[:1], n=2, max_new_tokens=25, top_k=5, min_p=0.1, repetition_penalty=1.3)
-        assert compiled == []
-        jax.jit(lambda x: x + 1)(0)
-        assert compiled  # the counter counts
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
-
-
-@pytest.mark.parametrize("axes", [None, {"model": 8}, {"data": 2, "fsdp": 2, "model": 2}])
-def test_a_block_copies_no_cache(axes):
-    """The compiled block keeps the cache in place: donated, and no temporary near its size."""
-    batch, cache_length = 8, 2048
-    config = dataclasses.replace(EIGHT_HEADS, num_hidden_layers=6, max_position_embeddings=cache_length)
-    mesh = make_mesh(**axes) if axes else None
-    model = abstract_model(config, mesh=mesh)
-    wanted = {
-        "remaining": np.zeros(batch, np.int32),
-        "seeds": np.zeros((3, batch), np.uint32),
-        "params": generation.SamplingParams(*map(np.float32, (1, 0, 1, 0, 1))),
-        "stop_ids": np.zeros(8, np.int32),
-        "num_tokens": np.int32(96),
-    }
-    prompts = np.zeros((batch, 16), np.int32), np.zeros(batch, np.int32)
-    start = generation._start.lower(model, *prompts, wanted, cache_length=cache_length)
-    state = start.out_info[0]
-    if mesh is not None:
-        shardings = start.compile().output_shardings[0]
-        state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), state, shardings)
-    compiled = generation._decode_block.lower(model, state, np.zeros(batch, bool)).compile()
-    cache_bytes = 2 * state.cache.keys.size * 4 // (mesh.size if mesh else 1)
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 2
-    after = compiled.output_shardings[0].cache.keys
-    assert mesh is None or after.shard_shape(state.cache.keys.shape)[1:3] == (
-        batch // (axes.get("data", 1) * axes.get("fsdp", 1)),
-        8 // axes["model"],
-    )

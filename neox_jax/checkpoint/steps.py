@@ -79,8 +79,9 @@ def size_on_disk(folder: Path) -> int:
 
 def make_meta(model: ModelConfig, params) -> dict:
     """What a step says of itself, so that it is readable alone."""
-    dtype = np.dtype(jax.tree.leaves(params)[0].dtype).name
-    return {"format": FORMAT, "model": dataclasses.asdict(model), "dtype": dtype, "has_sums": True}
+    dtypes = [np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)]
+    meta = {"format": FORMAT, "model": dataclasses.asdict(model), "dtype": dtypes[0], "has_sums": True}
+    return meta | ({"quantization": "int8"} if "int8" in dtypes else {})
 
 
 def read_meta(step_folder: Path) -> tuple[ModelConfig, str]:
@@ -97,6 +98,11 @@ def read_meta(step_folder: Path) -> tuple[ModelConfig, str]:
         return ModelConfig(**meta["model"]), meta["dtype"]
     except (KeyError, TypeError) as error:
         raise _unreadable(step_folder, error) from error
+
+
+def read_quantization(step_folder: Path) -> str:
+    """The format of a step's matrices where they are quantized, else "". Raises: DamagedError."""
+    return _load_meta(step_folder).get("quantization", "")
 
 
 def should_have_sums(step_folder: Path) -> bool:

@@ -74,7 +74,9 @@ def read_neox(folder: str | Path) -> NeoxCheckpoint:
     notes = [_optimizer_note(folder)]
     if drift:
         name = max(drift, key=drift.get)
-        notes.append(f"{len(drift)} tensors differ between ranks and were averaged; most {name}, by {drift[name]:.3g}")
+        notes.append(
+            f"tensors that differ between ranks and were averaged: {len(drift)}; most {name}, by {drift[name]:.3g}"
+        )
     paths = (*find_settings(folder), *files.paths)
     return NeoxCheckpoint(config, tensors, str(folder), paths, tuple(notes), len(files.ranks), drift)
 

@@ -10,8 +10,8 @@ import numpy as np
 import tensorstore as ts
 from flax import nnx
 
-from neox_jax.checkpoint.steps import read_meta
-from neox_jax.checkpoint.streamed import StreamedArray, read_leaves, save_params
+from neox_jax.checkpoint.steps import read_meta, read_quantization
+from neox_jax.checkpoint.streamed import StreamedArray, copy_to_host, read_leaves, save_params
 from neox_jax.checkpoint.trees import check_tree, read_tree
 from neox_jax.convert import names
 from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, read_ours
@@ -26,7 +26,10 @@ TABLE_CHUNK_BYTES = 4 * BLOCK_BYTES
 def load_step(folder: Path, *, mesh=None, dtype=None) -> NeoX:
     """Restores the model of a step's folder onto the mesh, or onto the default device; dtype: cast once, on devices."""
     config, stored_dtype = read_meta(folder)
-    target = abstract_model(config, dtype=stored_dtype, mesh=mesh)
+    quantization = read_quantization(folder)
+    if quantization and dtype is not None:
+        raise InputError(f"{folder} holds {quantization} weights, computed in {stored_dtype}; leave dtype out")
+    target = abstract_model(config, dtype=stored_dtype, mesh=mesh, quantization=quantization)
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), target)
@@ -38,6 +41,8 @@ def load_step(folder: Path, *, mesh=None, dtype=None) -> NeoX:
 def read_step(folder: Path) -> StoredModel:
     """The model of a step's folder; weights are still on disk. Raises: InputError if it is not whole."""
     config, dtype = read_meta(folder)
+    if quantization := read_quantization(folder):
+        raise InputError(f"{folder} holds {quantization} weights; convert the model that they were made from")
     target = pure_params(abstract_model(config, dtype=dtype))
     params = folder / "params"
     check_tree(params, target)
@@ -103,6 +108,11 @@ def write_run(stored: StoredModel, folder: Path) -> None:
         return StreamedArray(leaf.shape, stored.dtype, chunks, lambda: _parts(row, tensors, leaf.shape, chunks[0]))
 
     save_params(map_named(streamed, pure_params(abstract_model(config, dtype=stored.dtype))), folder, config)
+
+
+def write_model(model: NeoX, folder: Path) -> None:
+    """Writes a run folder with a model's parameters, whatever they are, as step 0."""
+    save_params(copy_to_host(pure_params(model)), folder, model.config)
 
 
 def _parts(

@@ -18,20 +18,25 @@ from neox_jax.convert.neox_files import is_neox_folder, locate_step
 from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, to_model
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
+from neox_jax.quantize import quantize_model
 from neox_jax.sharding import AXES
 from neox_jax.tokenizer import Tokenizer
+from neox_jax.tree import num_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
 FORMATS = ("hf", "orbax", "neox")
 _READ = {"hf": hf.read_hf, "neox": neox.read_neox, "orbax": orbax.read_step}
 
 
-def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | None = None) -> NeoX:
+def load_model(
+    source: str | Path, *, mesh=None, dtype=None, revision: str | None = None, quantize: str | None = None
+) -> NeoX:
     """Loads a model from a SOURCE: a Hugging Face folder or hub id, a NeoX checkpoint (pipeline or sequential layout,
     any tensor parallelism), a run folder (its latest verified step, or `folder@step`), or a folder of one of its steps.
 
     mesh: ours, or any whose axis names are among ours. dtype: parameters are cast to it once; None keeps what is
-    stored. revision: of a hub id.
+    stored. revision: of a hub id. quantize: "int8" for weights in 8 bits (`quantize_model`), which a run may hold
+    already.
     Raises: InputError if nothing recognisable is there, or what is there is incomplete; never a random model.
     """
     if mesh is not None and not set(mesh.axis_names) <= set(AXES):
@@ -39,8 +44,10 @@ def load_model(source: str | Path, *, mesh=None, dtype=None, revision: str | Non
     dtype = check_dtype(dtype)
     kind, folder = _locate_whole(source, revision=revision)
     if kind == "orbax":
-        return orbax.load_step(folder, mesh=mesh, dtype=dtype)
-    return to_model(_READ[kind](folder).cast(dtype), mesh=mesh)
+        model = orbax.load_step(folder, mesh=mesh, dtype=dtype)
+    else:
+        model = to_model(_READ[kind](folder).cast(dtype), mesh=mesh)
+    return model if quantize is None else quantize_model(model, quantize)
 
 
 def open_source(source: str | Path, *, revision: str | None = None) -> StoredModel:
@@ -81,10 +88,18 @@ def save_model(
 
     format: hf (a folder that transformers loads), orbax (a run folder with the parameters as step 0) or neox (NeoX's
     pipeline layout, cut for tensor_parallel ranks). Takes any pytree of the model's structure: gradients, for one.
-    Nothing half-written is left behind.
+    Nothing half-written is left behind. A quantized model goes into orbax only.
     Raises: InputError for another format, a folder that is there already and not empty, or where there is no room.
     """
     tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+    if model.quantization:
+        if format != "orbax":
+            raise InputError(
+                f"{model.quantization} weights cannot be saved as {format}; take orbax, or save the model "
+                "that they were made from"
+            )
+        _write_orbax(path, num_bytes(model), tokenizer_json, lambda folder: orbax.write_model(model, folder))
+        return
     _write(from_model(model), path, format=format, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json)
 
 
@@ -143,12 +158,20 @@ def _write(
     elif format == "neox":
         neox.save_neox(stored, path, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json, finish=finish)
     else:
-        with written_whole(Path(path), stored.num_bytes) as partial:
-            if tokenizer_json is not None:
-                (partial / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
-            orbax.write_run(stored, partial)
+
+        def write(folder: Path) -> None:
+            orbax.write_run(stored, folder)
             if finish is not None:
-                finish(partial)
+                finish(folder)
+
+        _write_orbax(path, stored.num_bytes, tokenizer_json, write)
+
+
+def _write_orbax(path: str | Path, size: int, tokenizer_json: str | None, write: Callable[[Path], None]) -> None:
+    with written_whole(Path(path), size) as partial:
+        if tokenizer_json is not None:
+            (partial / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        write(partial)
 
 
 def _count(stored: StoredModel, progress: Callable[[int, int], None]) -> StoredModel:
