@@ -87,7 +87,7 @@ def prefilling(config: ModelConfig) -> dict:
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, TRAIN_SHAPE)
     reference = reference_model(config).eval()
     inputs = torch.tensor(prompts)
-    engine = Engine(neox_jax.init_model(config), num_slots=1, max_length=TRAIN_SHAPE[1])
+    engine = Engine(neox_jax.init_model(config), num_slots=1, max_length=TRAIN_SHAPE[1] + 1)
 
     def theirs():
         with torch.inference_mode():

@@ -73,7 +73,9 @@ def bench_prefill(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, 
     """Prompts of seq_length tokens to keys and values, and the logits behind the last token of each."""
     _check_shape(model.config, batch_size, seq_length, steps)
     prompts = np.asarray(_random_tokens(model.config, (batch_size, seq_length))).tolist()
-    engine = Engine(model, num_slots=1, max_length=seq_length)
+    if seq_length == model.config.max_position_embeddings:
+        raise InputError(f"--seq-length {seq_length} is all of the model's context; leave room for a token")
+    engine = Engine(model, num_slots=1, max_length=seq_length + 1)
     seconds = _median_seconds(lambda: jax.block_until_ready(engine.prefill(prompts)), steps)
     config = model.config
     head_flops = 2 * config.hidden_size * config.padded_vocab_size  # for the last token of each row only

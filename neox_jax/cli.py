@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from neox_jax.errors import InputError, NumbersError
 EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 70, 75, 143
 MAX_SHARED = 10  # lines of parts that revisions share
 PROGRESS_LINE_SECONDS = 30
+COMPILING = ("train", "generate", "eval", "bench")
 DTYPES, QUANTIZATIONS = ("float32", "bfloat16", "float16"), ("int8",)
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 SAMPLING_OPTIONS += ("frequency_penalty", "max_new_tokens", "min_tokens", "stop", "ignore_eos", "seed")
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     if overrides and args.verb not in ("train", "data"):
         parser.error(f"--config.{overrides[0][0]} goes with train and data only")
     args.overrides = overrides
+    if args.verb in COMPILING:
+        _keep_compiled()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at warning level
     try:
         return args.run(args) or 0
@@ -49,6 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `neox-jax ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _keep_compiled() -> None:
+    """Has jax keep what it compiles in the user's cache folder, of this host (its processor counts), unless told where.
+
+    By the environment, since jax is not loaded yet. JAX_COMPILATION_CACHE_DIR= turns it off.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "neox_jax" / f"compiled-{platform.node()}"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

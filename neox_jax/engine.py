@@ -166,9 +166,13 @@ class Engine:
         """Runs prompts of token ids, one at least in each. scores: their own log probabilities too.
 
         How many fit in one call depends on the longest (`prefill_rows`).
+        Raises: InputError for a prompt that leaves no room for a token within max_length.
         """
+        longest = max(map(len, prompts))
+        if longest >= self.max_length:
+            raise InputError(f"a prompt has {longest} tokens, and max_length is {self.max_length}; it must be shorter")
         rows = batch_bucket(len(prompts), self.model.mesh)
-        length = length_bucket(max(map(len, prompts)), self._context)
+        length = length_bucket(longest, self._context)
         tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
@@ -184,6 +188,7 @@ class Engine:
     ) -> Scores:
         """Puts rows of what was prefilled (default: the first ones) into slots, whatever was there.
 
+        What is wanted beyond the length of a slot is not generated.
         Returns each one's first token: Scores of [R, 1], one entry a request.
         """
         rows = range(len(slots)) if rows is None else rows
@@ -193,7 +198,7 @@ class Engine:
         self._stopped[list(slots)] = False
         wanted = as_arrays(filled[2])
         places = np.asarray(filled[:2], np.int32)
-        self._slots, scores = _insert(self.model, self._slots, prefilled, places, wanted, top=self._options["top"])
+        self._slots, scores = _insert(self.model, self._slots, prefilled, places, wanted, **self._options)
         return scores
 
     def decode_block(self) -> Scores:
@@ -393,8 +398,8 @@ def _pad_to(x, size: int):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
 
 
-@functools.partial(jax.jit, donate_argnames="slots", static_argnames="top")
-def _insert(model: NeoX, slots: Slots, prefilled: Prefilled, places, wanted: Wanted, *, top: int):
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames=("top", "num_drafted"))
+def _insert(model: NeoX, slots: Slots, prefilled: Prefilled, places, wanted: Wanted, *, top: int, num_drafted: int):
     """places [2,R]: which row of what was prefilled, and the slot that it goes to."""
     mesh, (rows_R, slots_R) = model.mesh, places
     tokens_RT, lengths_R, logits_RV = (
@@ -416,7 +421,7 @@ def _insert(model: NeoX, slots: Slots, prefilled: Prefilled, places, wanted: Wan
     token_R = _sample(
         logits_RV, wanted, positions=lengths_R, history=history_RS, prompt_lengths=lengths_R, num=slots.num_tokens
     )
-    remaining_R = wanted.remaining - 1
+    remaining_R = jnp.minimum(wanted.remaining, length - num_drafted - lengths_R) - 1
     stopped_R = jnp.any(token_R[:, None] == wanted.stop_ids, axis=1)
     history_RS = history_RS.at[jnp.arange(len(slots_R)), lengths_R].set(token_R)
     new = {

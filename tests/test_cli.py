@@ -1,6 +1,7 @@
 """The command line as a person meets it: its words and its exit codes, in real processes where that adds anything."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,26 @@ def test_a_tokenizer_larger_than_the_model(work, tmp_path, capsys):
     train_tokenizer([TEXT], vocab_size=520).save(tmp_path / "big.json")
     arguments = ["eval", "--model", work / "model", "--text", work / "text.txt", "--tokenizer", tmp_path / "big.json"]
     assert "the model's vocabulary has 512" in refused(capsys, *arguments)
+
+
+def test_what_is_compiled_is_kept(work, tmp_path):
+    """A second process compiles nothing that took long: the cache folder stays as it is."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "neox_jax.cli", "generate", "--model", str(work / "model"), "--prompt", "def f"]
+
+    def kept() -> set[str]:
+        subprocess.run([*command, "--max-new-tokens", "3"], env=env, cwd=ROOT, check=True, capture_output=True)
+        (folder,) = (tmp_path / "neox_jax").iterdir()
+        return {path.name for path in folder.iterdir() if path.name.endswith("-cache")}
+
+    first = kept()
+    assert len(first) >= 3  # prefill, insertion, a block
+    assert kept() == first
+
+
+def test_help_comes_at_once():
+    """Neither jax nor numpy is loaded for it."""
+    loaded = "import sys, neox_jax.cli; neox_jax.cli._parser(); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert out.stdout.split() == ["False", "False"]

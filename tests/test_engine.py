@@ -207,8 +207,20 @@ def test_refusals(model):
         as_arrays([Request(1, stop_ids=range(MAX_STOP_IDS + 1))])
     with pytest.raises(InputError, match="max_length is 257; wanted 1 to 256"):
         Engine(model, num_slots=1, max_length=257)
+    with pytest.raises(InputError, match="a prompt has 64 tokens, and max_length is 64; it must be shorter"):
+        Engine(model, num_slots=1, max_length=64).prefill([[1] * 64])
     with pytest.raises(InputError, match="num_drafted is 0; with a model that drafts"):
         Engine(model, num_slots=1, max_length=64, draft=model)
+
+
+@pytest.mark.parametrize("num_drafted", [0, 3])
+def test_a_request_ends_where_its_slot_does(model, num_drafted):
+    engine = Engine(model, num_slots=2, max_length=32, num_drafted=num_drafted)
+    prompt = prompts_of()[0]
+    first = engine.insert(engine.prefill([prompt]), [1], [Request(1000, GREEDY)])
+    got = decode(engine, 1, tokens_in(first, 0), 3)
+    wanted = generate(model, None, [prompt], max_new_tokens=27, temperature=0, ignore_eos=True)
+    assert [got] == tokens_of(wanted)
 
 
 # ---- speculation
@@ -383,7 +395,9 @@ def test_a_block_copies_no_cache(axes, options):
         at = prefill.compile().output_shardings
         prefilled = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), prefilled, at)
     places, wanted = np.zeros((2, batch), np.int32), as_arrays([Request(1)] * batch)
-    insert = engine_module._insert.lower(model, slots, prefilled, places, wanted, top=0).compile()
+    insert = engine_module._insert.lower(
+        model, slots, prefilled, places, wanted, top=0, num_drafted=num_drafted
+    ).compile()
     cache_bytes = num_bytes(slots.cache.layers) // (mesh.size if mesh else 1)
     for compiled in (block, insert):
         memory = compiled.memory_analysis()

@@ -58,15 +58,21 @@ def text_model(tok):
 # ---- the same tokens
 
 
-@pytest.mark.parametrize("name", ["pythia", "20b", "redpajama", "sequential-tied"])
-def test_greedy_is_that_of_transformers(name, tmp_path):
-    """Token for token in one ragged batch, up to the end-of-text id where it comes."""
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        *(("pythia", ranks) for ranks in (1, 2, 4)), ("20b", 2), ("pythia-2.8b", 1), ("redpajama", 4), ("polyglot", 2),
+        ("wide-heads", 1), ("tied", 1), ("no-attention-bias", 2), ("sequential-tied", 2),
+    ],
+)  # fmt: skip
+def test_greedy_is_that_of_transformers(name, ranks, tmp_path):
+    """Token for token in one ragged batch, up to the end-of-text id where it comes; tensor parallel too."""
     torch = pytest.importorskip("torch")
 
     fields = VARIANTS[name]
     reference = random_reference(fields)
     reference.save_pretrained(tmp_path)
-    model = load_hf(tmp_path)
+    model = load_hf(tmp_path, mesh=make_mesh(model=ranks, devices=jax.devices()[:ranks]) if ranks > 1 else None)
     prompts = prompts_of(model.config)
     completions = generate(model, None, prompts, max_new_tokens=24, temperature=0)
     for prompt, completion in zip(prompts, completions, strict=True):
