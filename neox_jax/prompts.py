@@ -25,7 +25,7 @@ def complete_file(model: NeoX, tok: Tokenizer, source: str | Path, output: str |
     asked, output = read_prompts(source), Path(output)
     settings = {**options, "prompts": len(asked)}
     with _Lines(output, asked, settings) as lines:
-        progress = Progress("completing", total=len(asked), start=lines.num_there)
+        progress = Progress("completing", total=len(asked), start=lines.num_there, line_seconds=10)
         start = time.perf_counter()
 
         def done(i: int, completion: Completion) -> None:

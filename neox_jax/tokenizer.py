@@ -72,9 +72,9 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of these ids, special tokens included; U+FFFD where their bytes are not UTF-8."""
-        return self._backend.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of these ids, special tokens included by default; U+FFFD where their bytes are not UTF-8."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
     def num_bytes(self) -> np.ndarray:

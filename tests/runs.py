@@ -76,11 +76,14 @@ def train_arguments(data, folder, **overrides):
     ]
 
 
-def wait_for_step(folder: Path, step: int) -> None:
+def wait_for_step(folder: Path, step: int, *processes: subprocess.Popen) -> None:
+    """Until a run has logged a step. Fails at once where one of its processes has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
             return
+        for process in processes:
+            assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     raise AssertionError(f"no step {step} within two minutes")
 

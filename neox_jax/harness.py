@@ -1,0 +1,166 @@
+"""EleutherAI's lm-evaluation-harness over our models: the scores that its own `hf` model gives, faster.
+
+    neox-jax eval --model SOURCE --tasks lambada_openai,piqa
+    python -m neox_jax.harness run --model neox_jax --model_args pretrained=SOURCE,dtype=float32 --tasks piqa
+
+Nothing is prepended to a text but the end-of-text token where a context is empty, and in front of a text that is scored
+as a whole; padded rows of the vocabulary take part, as in Hugging Face's models.
+Source: lm_eval 0.4.13, models/huggingface.py and api/model.py.
+"""
+
+import sys
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from neox_jax.convert.source import load_model, load_tokenizer
+from neox_jax.errors import InputError
+from neox_jax.generation import generate
+from neox_jax.metrics import Progress
+from neox_jax.model import NeoX
+from neox_jax.scoring import score_continuations
+from neox_jax.tokenizer import Tokenizer
+
+MAX_GEN_TOKS = 256  # where a task does not say
+BATCH_TOKENS = 8192  # of a forward pass where no batch size is given
+GENERATED = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's arguments, taken as they are
+
+
+@register_model("neox_jax")
+class NeoxLM(TemplateLM):
+    """A model of ours for lm_eval, by `pretrained` (a SOURCE) or as it is.
+
+    batch_size: rows of the model's whole context in a forward pass, or "auto". Every process of several does the same
+    work on its own devices' share and reports one rank.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        *,
+        model: NeoX | None = None,
+        tokenizer: Tokenizer | None = None,
+        mesh=None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        quantize: str | None = None,
+        batch_size: int | str | None = "auto",
+        max_length: int | None = None,
+        max_batch_size=None,
+        device=None,
+    ):
+        super().__init__()
+        if model is None:
+            model = load_model(pretrained, mesh=mesh, dtype=dtype, revision=revision, quantize=quantize)
+        self.model = model
+        self.tokens = load_tokenizer(pretrained, revision=revision) if tokenizer is None else tokenizer
+        ids, rows = self.tokens.vocab_size, model.config.vocab_size
+        if ids > rows:
+            raise InputError(f"the tokenizer has {ids} ids, the model's vocabulary {rows}; use the model's own")
+        self.max_length = int(max_length or model.config.max_position_embeddings)
+        automatic = batch_size in (None, "auto") or str(batch_size).startswith("auto")
+        self.batch_tokens = BATCH_TOKENS if automatic else int(batch_size) * self.max_length
+        self._source = pretrained
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.tokens.eos_token_id
+        return self.model.config.eos_token_id if eos is None else eos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._source.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.tokens.encode(string)
+
+    def get_model_info(self) -> dict:
+        return {"model_num_parameters": self.model.config.num_parameters, "model_source": self._source}
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        answers = self._score([(context, continuation) for _, context, continuation in requests], "log-likelihoods")
+        for (text, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(make_disjoint_window, rolling):
+                windows.append(window)
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._score(windows, "texts"), strict=True):
+            totals[i] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Requests with the same arguments together, through the engine."""
+        groups, texts = {}, [""] * len(requests)
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(i)
+        progress = Progress("generating", total=len(requests), line_seconds=10)
+        num_done = 0
+        try:
+            for members in groups.values():
+                arguments = normalize_gen_kwargs(requests[members[0]].args[1], MAX_GEN_TOKS)
+                written = self._generate([requests[i].args[0] for i in members], arguments)
+                for i, text in zip(members, written, strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                num_done += len(members)
+                progress.update(num_done)
+        finally:
+            progress.close()
+        return texts
+
+    def _generate(self, contexts: list[str], arguments: dict) -> list[str]:
+        eos = self.tokens.decode([self.eot_token_id])
+        until = [one for one in handle_stop_sequences(arguments.get("until"), eos) if one]
+        length = arguments["max_gen_toks"]
+        if length >= self.max_length:
+            raise InputError(f"max_gen_toks is {length}; it must be below the model's context, {self.max_length}")
+        options = {name: arguments[name] for name in GENERATED & arguments.keys()}
+        if not arguments.get("do_sample"):
+            options["temperature"] = 0.0
+        room = self.max_length - length
+        prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
+        rows = max(1, self.batch_tokens // self.max_length)
+        completions = generate(
+            self.model, self.tokens, prompts, max_new_tokens=length, stop=until, batch_size=max(8, rows), **options
+        )
+        texts = [self.tokens.decode(one.tokens, skip_special_tokens=True) for one in completions]
+        return [postprocess_generated_text(text, until, None) for text in texts]
+
+    def _score(self, pairs, what: str) -> list[tuple[float, bool]]:
+        progress, done = Progress(f"scoring {what}", total=len(pairs), line_seconds=10), 0
+
+        def count(num: int) -> None:
+            nonlocal done
+            done = min(done + num, len(pairs))
+            progress.update(done)
+
+        try:
+            scores = score_continuations(
+                self.model, pairs, batch_tokens=self.batch_tokens, max_length=self.max_length, progress=count
+            )
+        finally:
+            progress.close()
+        return [(one.logprob, one.is_greedy) for one in scores]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.exit(cli_evaluate())

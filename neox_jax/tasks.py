@@ -1,0 +1,203 @@
+"""Scores of a model on the harness's tasks: tables, files, beside published figures, and over a run's steps."""
+
+import csv
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
+from neox_jax.convert.files import to_json
+from neox_jax.disk import write_text
+from neox_jax.errors import InputError
+from neox_jax.published import PUBLISHED
+
+# Names for several tasks: task -> shots, None being the task's own.
+GROUPS = {
+    "card": dict.fromkeys(("lambada_openai", "sciq", "piqa", "triviaqa", "arc_challenge"), 0),
+    "leaderboard": {
+        "arc_challenge": 25,
+        "hellaswag": 10,
+        "mmlu": 5,
+        "truthfulqa_mc2": 0,
+        "winogrande": 5,
+        "gsm8k": 5,
+        "drop": 3,
+    },
+    "arithmetic": {"arithmetic": None},
+    "superglue": {"super-glue-lm-eval-v1": None},
+}
+MERGED = ("results", "versions", "n-shot", "higher_is_better", "configs", "n-samples", "groups", "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """One number of the harness's table. stderr: None where it has none."""
+
+    task: str
+    metric: str
+    filter: str
+    shots: int
+    value: float
+    stderr: float | None
+
+
+class Tasks:
+    """Tasks of the harness and groups of ours (`GROUPS`), found and with their data at hand.
+
+    include_path: a folder of more tasks. num_fewshot: of every task, instead of their own.
+    Raises: InputError for a task that is not known, or whose data is neither in the cache nor to be had.
+    """
+
+    def __init__(self, names: Sequence[str], *, num_fewshot: int | None = None, include_path: str | None = None):
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise InputError('tasks need lm_eval; pip install "neox_jax[eval]"') from error
+        self._manager = TaskManager(include_path=include_path)
+        self._shots: dict[int | None, list[str]] = {}
+        for name in names:
+            for task, shots in GROUPS.get(name, {name: None}).items():
+                if task not in self._manager.all_tasks:
+                    near = difflib.get_close_matches(task, [*self._manager.all_tasks, *GROUPS], n=3)
+                    raise InputError(
+                        f"task {task!r} is not known{'; did you mean ' + ', '.join(near) if near else ''}?"
+                    )
+                self._shots.setdefault(shots if num_fewshot is None else num_fewshot, []).append(task)
+        for task in (task for tasks in self._shots.values() for task in tasks):
+            try:
+                self._manager.load(task)
+            except Exception as error:  # whatever a task's own loader raises
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise InputError(
+                    f"the data of task {task} cannot be had ({reason}); run it once where there is a network, or copy "
+                    "that machine's ~/.cache/huggingface"
+                ) from error
+
+    def run(self, lm, *, limit: float | None = None, log_samples: bool = False) -> dict:
+        """lm: a `harness.NeoxLM`. Returns what lm_eval's simple_evaluate does, of all tasks together."""
+        import lm_eval
+
+        merged: dict = {}
+        for shots, tasks in self._shots.items():
+            found = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=tasks,
+                num_fewshot=shots,
+                limit=limit,
+                log_samples=log_samples,
+                task_manager=self._manager,
+                verbosity="ERROR",
+            )
+            for part in MERGED:
+                merged.setdefault(part, {}).update(found.get(part) or {})
+        return merged
+
+
+def scores(results: dict) -> Iterator[TaskScore]:
+    """The numbers of what `Tasks.run` returned."""
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = values.get(f"{metric}_stderr,{kind}")
+            stderr = float(stderr) if isinstance(stderr, (int, float)) else None
+            yield TaskScore(task, metric, kind, results["n-shot"].get(task, 0), float(value), stderr)
+
+
+def table(results: dict) -> str:
+    """The harness's own table, with standard errors."""
+    from lm_eval.utils import make_table
+
+    return make_table(results)
+
+
+def published(model: str) -> list[tuple[str, str, int, float, str]]:
+    """What is published of a model's scores. Raises: InputError naming the models there are."""
+    if model not in PUBLISHED:
+        raise InputError(f"nothing published of {model!r} is known; wanted one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[model]
+
+
+def compare(results: dict, model: str) -> list[str]:
+    """Lines with our scores and the published ones of this model."""
+    ours = {(one.task, one.metric, one.shots): one for one in scores(results)}
+    lines = []
+    for task, metric, shots, value, source in published(model):
+        one = ours.get((task, metric, shots))
+        if one is not None:
+            error = "" if one.stderr is None else f" ± {one.stderr:.4f}"
+            lines.append(
+                f"{task} {metric} ({shots} shots): {one.value:.4f}{error}, published {value:.4f} "
+                f"({one.value - value:+.4f}; {source})"
+            )
+    return lines
+
+
+def write_results(results: dict, folder: str | Path, *, about: dict) -> Path:
+    """results.json in a folder, and samples.jsonl where there are samples. about: what was scored, and how."""
+    folder = Path(folder)
+    samples = results.pop("samples", None) or {}
+    path = folder / "results.json"
+    write_text(path, to_json({**about, **json.loads(json.dumps(results, default=str))}))
+    lines = [json.dumps({"task": task, **one}, default=str) for task, several in samples.items() for one in several]
+    if lines:
+        write_text(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    return path
+
+
+def steps_of(run: str | Path, wanted: str) -> list[int]:
+    """ "all", or steps with commas, of a run folder. Raises: InputError for a step that is not there."""
+    there = list_steps(Path(run) / STEPS_FOLDER)
+    if not there:
+        raise InputError(f"--steps is of a run folder; {run} has no {STEPS_FOLDER}")
+    if wanted == "all":
+        return there
+    steps = [int(part) for part in wanted.split(",") if part.strip().isdecimal()]
+    missing = [step for step in steps if step not in there]
+    if missing or len(steps) != len(wanted.split(",")):
+        raise InputError(f"--steps {wanted}: wanted all, or some of {', '.join(map(str, there))}, with commas")
+    return steps
+
+
+def write_curves(by_step: dict[int, dict], folder: str | Path) -> tuple[Path, Path]:
+    """scores.csv and scores.png of results by step."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves: dict[str, list[tuple[int, TaskScore]]] = {}
+    for step, results in sorted(by_step.items()):
+        for one in scores(results):
+            curves.setdefault(f"{one.task} {one.metric}", []).append((step, one))
+    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(field.name for field in dataclasses.fields(TaskScore))])
+        for points in curves.values():
+            writer.writerows([step, *dataclasses.astuple(one)] for step, one in points)
+    _draw(curves, folder / "scores.png")
+    return folder / "scores.csv", folder / "scores.png"
+
+
+def _draw(curves: dict[str, list[tuple[int, TaskScore]]], path: Path) -> None:
+    """A panel for each metric, a curve for each task, with its standard errors."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError('a picture needs matplotlib; pip install "neox_jax[viz]"') from error
+    metrics = sorted({points[0][1].metric for points in curves.values()})
+    figure = Figure(figsize=(7, 3.2 * len(metrics)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        for points in curves.values():
+            if points[0][1].metric == metric:
+                steps, values = zip(*((step, one.value) for step, one in points), strict=True)
+                errors = [one.stderr or 0 for _, one in points]
+                panel.errorbar(steps, values, errors, marker="o", markersize=4, capsize=3, label=points[0][1].task)
+        panel.set_title(metric, loc="left")
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.savefig(path, dpi=130)
