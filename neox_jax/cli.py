@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", nargs="+", metavar="FILE", help="plain text files: nats per token and bits per byte")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
     add("--seq-length", type=int, default=0, metavar="T", help="text: tokens a window (default: the model's context)")
+    add("--stride", type=_index, default=0, metavar="N", help="text: tokens from a window to the next (default: all)")
     add("--batch-size", type=_count, metavar="B", help="rows of the model's context together (default: 8, tasks: auto)")
     add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
@@ -400,7 +401,8 @@ def _eval(args) -> int:
     model, tokenizer = _load(args)
     from neox_jax.evaluate import score_text
 
-    score = score_text(model, tokenizer, text, seq_length=args.seq_length, batch_size=args.batch_size or 8)
+    windows = {"seq_length": args.seq_length, "stride": args.stride}
+    score = score_text(model, tokenizer, text, **windows, batch_size=args.batch_size or 8)
     if args.json:
         fields = {"num_tokens": score.num_tokens, "num_bytes": score.num_bytes}
         print(json.dumps({"nats_per_token": score.nats_per_token, "bits_per_byte": score.bits_per_byte, **fields}))

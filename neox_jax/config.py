@@ -374,12 +374,18 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Held-out loss every `every` steps (0: only at the end) over `batches` batches of each set; prompt: what the
-    sample of text at the end goes on from, sample_tokens long (0: no sample)."""
+    sample of text at the end goes on from, sample_tokens long (0: no sample). tasks: of lm-evaluation-harness, scored
+    every tasks_every steps (0: only at the end), tasks_limit questions of each (0: all); tasks_path: a folder of
+    more."""
 
     every: int = 0
     batches: int = 10
     prompt: str = ""
     sample_tokens: int = 128
+    tasks: tuple[str, ...] = ()
+    tasks_every: int = 0
+    tasks_limit: int = 0
+    tasks_path: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

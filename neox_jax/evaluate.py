@@ -33,14 +33,20 @@ class TextScore:
         return self.nats / math.log(2) / self.num_bytes
 
 
-def score_text(model: NeoX, tokenizer: Tokenizer, text: str, *, seq_length: int = 0, batch_size: int = 8) -> TextScore:
-    """Scores every token of `text` once, in windows of seq_length (0: the model's context) that do not overlap.
+def score_text(
+    model: NeoX, tokenizer: Tokenizer, text: str, *, seq_length: int = 0, stride: int = 0, batch_size: int = 8
+) -> TextScore:
+    """Scores every token of `text` once, in windows of seq_length (0: the model's context), each `stride` further than
+    the one before (0: they do not overlap); in a window that overlaps, only what is new is scored.
 
-    The first token of each window is predicted from the end-of-text token alone in the first window, from the last
-    token of the window before it in the others. Raises: InputError for a text without tokens or that does not fit.
+    The first token of each window is predicted from the end-of-text token alone in the first window, from the token
+    before it in the others. Raises: InputError for a text without tokens or that does not fit.
     """
     config = model.config
     seq_length = seq_length or config.max_position_embeddings
+    stride = stride or seq_length
+    if not 1 <= stride <= seq_length:
+        raise InputError(f"stride is {stride}; wanted 1 to the window's {seq_length} tokens")
     tokens = tokenizer.encode(text)
     if not tokens:
         raise InputError("nothing to score: the text has no tokens")
@@ -49,12 +55,16 @@ def score_text(model: NeoX, tokenizer: Tokenizer, text: str, *, seq_length: int 
             f"the tokenizer gives id {max(tokens)}, the model's vocabulary has {config.vocab_size}; use the model's own"
         )
     first = config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    windows = -(-len(tokens) // seq_length)
-    rows = -(-windows // batch_size) * batch_size
-    inputs = np.zeros(rows * seq_length, np.int32)
-    targets, weights = np.zeros_like(inputs), np.zeros(rows * seq_length, np.float32)
-    inputs[: len(tokens)] = [first, *tokens[:-1]]
-    targets[: len(tokens)], weights[: len(tokens)] = tokens, 1
+    num_windows = 1 + -(-max(len(tokens) - seq_length, 0) // stride)
+    rows = -(-num_windows // batch_size) * batch_size
+    inputs = np.zeros((rows, seq_length), np.int32)
+    targets, weights = np.zeros_like(inputs), np.zeros((rows, seq_length), np.float32)
+    before = np.asarray([first, *tokens[:-1]])
+    for k in range(num_windows):
+        start = k * stride
+        size = min(seq_length, len(tokens) - start)
+        inputs[k, :size], targets[k, :size] = before[start : start + size], tokens[start : start + size]
+        weights[k, seq_length - stride if k else 0 : size] = 1
     nats = 0.0
     shape = (-1, batch_size, seq_length)
     for batch in zip(inputs.reshape(shape), targets.reshape(shape), weights.reshape(shape), strict=True):

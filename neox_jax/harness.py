@@ -9,6 +9,7 @@ Source: lm_eval 0.4.13, models/huggingface.py and api/model.py.
 """
 
 import sys
+from collections.abc import Callable
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -32,6 +33,7 @@ GENERATED = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # 
 class NeoxLM(TemplateLM):
     """A model of ours for lm_eval, by `pretrained` (a SOURCE) or as it is.
 
+    tell: called with a line before and while something takes its time, instead of showing progress.
     batch_size: rows of the model's whole context in a forward pass, or "auto". Every process of several does the same
     work on its own devices' share and reports one rank.
     """
@@ -48,6 +50,7 @@ class NeoxLM(TemplateLM):
         quantize: str | None = None,
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
+        tell: Callable[[str], None] | None = None,
         max_batch_size=None,
         device=None,
     ):
@@ -62,7 +65,7 @@ class NeoxLM(TemplateLM):
         self.max_length = int(max_length or model.config.max_position_embeddings)
         automatic = batch_size in (None, "auto") or str(batch_size).startswith("auto")
         self.batch_tokens = BATCH_TOKENS if automatic else int(batch_size) * self.max_length
-        self._source = pretrained
+        self._source, self._tell = pretrained, tell
 
     @property
     def eot_token_id(self) -> int:
@@ -110,7 +113,7 @@ class NeoxLM(TemplateLM):
         groups, texts = {}, [""] * len(requests)
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
-        progress = Progress("generating", total=len(requests), line_seconds=10)
+        progress = self._progress("generating", len(requests))
         num_done = 0
         try:
             for members in groups.values():
@@ -143,8 +146,14 @@ class NeoxLM(TemplateLM):
         texts = [self.tokens.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return [postprocess_generated_text(text, until, None) for text in texts]
 
+    def _progress(self, what: str, total: int):
+        if self._tell is None:
+            return Progress(what, total=total, line_seconds=10)
+        self._tell(what)
+        return _Told(what, self._tell)
+
     def _score(self, pairs, what: str) -> list[tuple[float, bool]]:
-        progress, done = Progress(f"scoring {what}", total=len(pairs), line_seconds=10), 0
+        progress, done = self._progress(f"scoring {what}", len(pairs)), 0
 
         def count(num: int) -> None:
             nonlocal done
@@ -158,6 +167,19 @@ class NeoxLM(TemplateLM):
         finally:
             progress.close()
         return [(one.logprob, one.is_greedy) for one in scores]
+
+
+class _Told:
+    """Progress for whoever only wants to know that there is some."""
+
+    def __init__(self, what: str, tell: Callable[[str], None]):
+        self._what, self._tell = what, tell
+
+    def update(self, completed: int) -> None:
+        self._tell(f"{self._what} ({completed})")
+
+    def close(self) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -197,6 +197,8 @@ def _tag(name: str) -> str:
     """A metric's name for TensorBoard, which shows together what is alike before the first slash."""
     if name.startswith("valid_"):
         return f"valid/{name.removeprefix('valid_')}"
+    if name.startswith("tasks/"):
+        return name
     return f"speed/{name}" if name in SPEED else f"train/{name}"
 
 

@@ -4,14 +4,17 @@ import csv
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
+from neox_jax.config import EvalConfig
 from neox_jax.convert.files import to_json
 from neox_jax.disk import write_text
 from neox_jax.errors import InputError
+from neox_jax.model import NeoX
 from neox_jax.published import PUBLISHED
+from neox_jax.tokenizer import Tokenizer
 
 # Names for several tasks: task -> shots, None being the task's own.
 GROUPS = {
@@ -75,8 +78,11 @@ class Tasks:
                     "that machine's ~/.cache/huggingface"
                 ) from error
 
-    def run(self, lm, *, limit: float | None = None, log_samples: bool = False) -> dict:
-        """lm: a `harness.NeoxLM`. Returns what lm_eval's simple_evaluate does, of all tasks together."""
+    def run(self, lm, *, limit: float | None = None, log_samples: bool = False, bootstrap: bool = True) -> dict:
+        """lm: a `harness.NeoxLM`. Returns what lm_eval's simple_evaluate does, of all tasks together.
+
+        bootstrap: standard errors of metrics that have no formula for theirs, too.
+        """
         import lm_eval
 
         merged: dict = {}
@@ -88,11 +94,36 @@ class Tasks:
                 limit=limit,
                 log_samples=log_samples,
                 task_manager=self._manager,
+                bootstrap_iters=100_000 if bootstrap else 0,
                 verbosity="ERROR",
             )
             for part in MERGED:
                 merged.setdefault(part, {}).update(found.get(part) or {})
         return merged
+
+
+class RunTasks:
+    """The tasks of `eval.tasks`, found before a run begins, for the models that it becomes."""
+
+    def __init__(self, config: EvalConfig, tokenizer: Tokenizer | None):
+        self._config, self._tokenizer = config, tokenizer
+        self._tasks = None
+        if config.tasks:
+            if tokenizer is None:
+                raise InputError("eval.tasks needs data.tokenizer")
+            self._tasks = Tasks(config.tasks, include_path=config.tasks_path or None)
+
+    def is_due(self, step: int, last: int) -> bool:
+        every = self._config.tasks_every
+        return self._tasks is not None and (step == last or (bool(every) and step % every == 0))
+
+    def measure(self, model: NeoX, begin: Callable[[str], None]) -> dict[str, float]:
+        """tasks/NAME/METRIC. begin: is told what is about to be done, batch by batch."""
+        from neox_jax.harness import NeoxLM
+
+        lm = NeoxLM("the run", model=model, tokenizer=self._tokenizer, tell=begin)
+        results = self._tasks.run(lm, limit=self._config.tasks_limit or None, bootstrap=False)
+        return {f"tasks/{one.task}/{one.metric}": one.value for one in scores(results)}
 
 
 def scores(results: dict) -> Iterator[TaskScore]:

@@ -31,13 +31,14 @@ from neox_jax.generation import generate
 from neox_jax.heldout import BITS_PER_BYTE, LOSS, HeldoutSets
 from neox_jax.meter import Meter
 from neox_jax.metrics import MetricsWriter, Progress
-from neox_jax.model import abstract_model
+from neox_jax.model import NeoX, abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
 from neox_jax.pipeline import bubble
 from neox_jax.profiler import Profiler, check_range
 from neox_jax.sharding import check_sharded, make_mesh, named_sharding, report_sharding
 from neox_jax.supervision import Supervisor
+from neox_jax.tasks import RunTasks
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
 from neox_jax.train_step import cast_kernels, check_fits, make_train_step
@@ -112,6 +113,7 @@ class Run:
                 self.valid_loaders[name] = loader
         check_fits(config, self.mesh)
         self.heldout = HeldoutSets(config, self.mesh, self.valid_loaders, self.tokenizer, self.peers)
+        self.tasks = RunTasks(config.eval, self.tokenizer)
 
     def _check_compiler_options(self) -> None:
         """Compiles a sum of nothing with them: the compiler itself knows what it takes."""
@@ -351,6 +353,8 @@ def _loop(
                     line = meter.line(step)
                     if config.eval.every and step % config.eval.every == 0:
                         line |= run.heldout.measure(state.params, supervisor.begin)
+                    if run.tasks.is_due(step, config.train.steps):
+                        line |= run.tasks.measure(_model(run, state.params), supervisor.begin)
                     if writer is not None:
                         if config.log.batch_digest:
                             line["batch_sha256"] = run.train_loader.digest(index)
@@ -388,15 +392,19 @@ def _sample(run: Run, params: dict) -> str | None:
     tokens = run.config.eval.sample_tokens
     if run.tokenizer is None or not tokens:
         return None
-    dtype = jax.numpy.dtype(run.config.train.dtype)
-    # Under names that no rule knows, so that every replica writes the same row and every process can read it.
-    names = [axis if axis == "model" else f"{axis} copies" for axis in run.mesh.axis_names]
-    mesh = Mesh(run.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
-    graphdef, _ = nnx.split(abstract_model(run.config.model, mesh=mesh))
-    model = nnx.merge(graphdef, cast_kernels(params, dtype))
+    model = _model(run, params)
     prompt = run.config.eval.prompt or [run.tokenizer.eos_token_id]
     completion = generate(model, run.tokenizer, [prompt], max_new_tokens=tokens, temperature=0.8, top_p=0.95, seed=0)
     return run.config.eval.prompt + completion[0].text
+
+
+def _model(run: Run, params: dict) -> NeoX:
+    """The model that a run is, to be read and written with as any other, by all processes alike."""
+    # Under names that no rule knows, so that every replica makes the same rows and every process can read them.
+    names = [axis if axis == "model" else f"{axis} copies" for axis in run.mesh.axis_names]
+    mesh = Mesh(run.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
+    graphdef, _ = nnx.split(abstract_model(run.config.model, mesh=mesh))
+    return nnx.merge(graphdef, cast_kernels(params, jax.numpy.dtype(run.config.train.dtype)))
 
 
 def _text(line: dict) -> str:

@@ -1,16 +1,22 @@
 """lm-evaluation-harness: every log-likelihood, greedy flag and string that its own `hf` model gives, offline."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from runs import ROOT, TEXTS, make_config
 
 import neox_jax
 from neox_jax.cli import main
+from neox_jax.config import EvalConfig
+from neox_jax.errors import InputError
+from neox_jax.metrics import read_metrics
+from neox_jax.tasks import Tasks
 from neox_jax.train import train
 
 lm_eval = pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
@@ -186,3 +192,21 @@ def test_the_verb(folder, tmp_path, capsys):
         assert main([*arguments[:5], *wrong]) == code
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith(f"neox-jax: {text}")], err
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "model": 2}])
+def test_while_a_run_trains(data, folder, tmp_path, mesh):
+    """Lines of metrics have the scores that the checkpoint of their step has."""
+    tasks = {"tasks": ("choices", "written"), "tasks_every": 2, "tasks_path": str(folder / "tasks"), "sample_tokens": 0}
+    config = make_config(data, mesh=mesh, train={"steps": 3, "batch_size": 8, "seq_length": 32}, eval=tasks)
+    train(config, tmp_path / "run", devices=jax.devices()[: 8 if mesh else 1])
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    names = {"tasks/choices/acc", "tasks/choices/acc_norm", "tasks/written/exact_match"}
+    assert [names <= line.keys() for line in lines] == [False, True, True]
+    from neox_jax.harness import NeoxLM
+
+    found = Tasks(["choices"], include_path=tasks["tasks_path"]).run(NeoxLM(str(tmp_path / "run"), dtype="float32"))
+    assert lines[-1]["tasks/choices/acc"] == found["results"]["choices"]["acc,none"]
+    with pytest.raises(InputError, match="task 'choises' is not known"):
+        train(dataclasses.replace(config, eval=EvalConfig(tasks=("choises",))), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

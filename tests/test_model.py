@@ -200,7 +200,7 @@ LEVELS = {
     3.5: ["data"],
     4: ["checkpoint", "convert", "metrics", "events", "health", "continuity", "meter", "supervision", "heldout"],
     4.5: ["profiler"],
-    5: ["train", "evaluate", "bench", "estimate", "plot", "prompts", "harness", "published", "tasks"],
+    5: ["evaluate", "harness", "published", "tasks", "train", "bench", "estimate", "plot", "prompts"],
     6: ["cli"],
 }
 

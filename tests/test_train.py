@@ -134,6 +134,27 @@ def test_heldout_loss_is_that_of_the_text(data, tmp_path):
     )
 
 
+@pytest.mark.parametrize("stride", [5, 15])
+def test_score_text_in_windows_that_overlap(straight, stride):
+    """Each token once, behind as much as its window has."""
+    model, tokenizer = neox_jax.load_model(straight), neox_jax.load_tokenizer(straight)
+    text = TEXTS[0][:300]
+    tokens = [tokenizer.eos_token_id, *tokenizer.encode(text)]
+    nats, end = 0.0, 0
+    for start in range(0, len(tokens), stride):
+        window = tokens[start : start + 17]
+        log_probs = np.asarray(jax.nn.log_softmax(model(np.array([window[:-1]]))))[0]
+        nats -= sum(log_probs[i, t] for i, t in enumerate(window[1:]) if start + i >= end)
+        end = start + 16
+        if end >= len(tokens) - 1:
+            break
+    score = score_text(model, tokenizer, text, seq_length=16, stride=stride, batch_size=4)
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.num_tokens == len(tokens) - 1
+    with pytest.raises(InputError, match="stride is 17; wanted 1 to the window's 16 tokens"):
+        score_text(model, tokenizer, text, seq_length=16, stride=17)
+
+
 def test_score_text_equals_a_direct_computation(straight):
     model, tokenizer = neox_jax.load_model(straight), neox_jax.load_tokenizer(straight)
     text = TEXTS[0][:700]
