@@ -85,7 +85,7 @@ def score_continuations(
         if progress is not None:
             progress(len({request for row in batch for _, _, request in row.scored}))
 
-    for batch, length in _batches(rows, batch_tokens, model.mesh):
+    for batch, length in _batches(rows, batch_tokens):
         waiting.append((batch, _score(model, *_arrays(batch, length, batch_tokens, model.mesh))))
         if len(waiting) > BATCHES_AHEAD:
             read()
@@ -120,7 +120,7 @@ def _pack(requests, max_length: int) -> list[_Row]:
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 
-def _batches(rows: list[_Row], batch_tokens: int, mesh):
+def _batches(rows: list[_Row], batch_tokens: int):
     """(rows, length) of each forward pass."""
     while rows:
         length = length_bucket(len(rows[0].tokens))

@@ -36,7 +36,10 @@ MERGED = ("results", "versions", "n-shot", "higher_is_better", "configs", "n-sam
 
 @dataclasses.dataclass(frozen=True)
 class TaskScore:
-    """One number of the harness's table. stderr: None where it has none."""
+    """One number of the harness's table. stderr: None where it has none.
+
+    filter: which part of an answer was compared, "none" for all of it; a task may have a metric under several.
+    """
 
     task: str
     metric: str
@@ -44,6 +47,11 @@ class TaskScore:
     shots: int
     value: float
     stderr: float | None
+
+    @property
+    def metric_name(self) -> str:
+        """The metric, and the filter where there is one."""
+        return self.metric if self.filter == "none" else f"{self.metric}/{self.filter}"
 
 
 class Tasks:
@@ -64,9 +72,8 @@ class Tasks:
             for task, shots in GROUPS.get(name, {name: None}).items():
                 if task not in self._manager.all_tasks:
                     near = difflib.get_close_matches(task, [*self._manager.all_tasks, *GROUPS], n=3)
-                    raise InputError(
-                        f"task {task!r} is not known{'; did you mean ' + ', '.join(near) if near else ''}?"
-                    )
+                    hint = f"; did you mean {', '.join(near)}?" if near else ""
+                    raise InputError(f"task {task!r} is not known{hint}")
                 self._shots.setdefault(shots if num_fewshot is None else num_fewshot, []).append(task)
         for task in (task for tasks in self._shots.values() for task in tasks):
             try:
@@ -123,7 +130,7 @@ class RunTasks:
 
         lm = NeoxLM("the run", model=model, tokenizer=self._tokenizer, tell=begin)
         results = self._tasks.run(lm, limit=self._config.tasks_limit or None, bootstrap=False)
-        return {f"tasks/{one.task}/{one.metric}": one.value for one in scores(results)}
+        return {f"tasks/{one.task}/{one.metric_name}": one.value for one in scores(results)}
 
 
 def scores(results: dict) -> Iterator[TaskScore]:
@@ -154,14 +161,13 @@ def published(model: str) -> list[tuple[str, str, int, float, str]]:
 
 def compare(results: dict, model: str) -> list[str]:
     """Lines with our scores and the published ones of this model."""
-    ours = {(one.task, one.metric, one.shots): one for one in scores(results)}
+    ours = list(scores(results))
     lines = []
     for task, metric, shots, value, source in published(model):
-        one = ours.get((task, metric, shots))
-        if one is not None:
+        for one in (one for one in ours if (one.task, one.metric, one.shots) == (task, metric, shots)):
             error = "" if one.stderr is None else f" ± {one.stderr:.4f}"
             lines.append(
-                f"{task} {metric} ({shots} shots): {one.value:.4f}{error}, published {value:.4f} "
+                f"{task} {one.metric_name} ({shots} shots): {one.value:.4f}{error}, published {value:.4f} "
                 f"({one.value - value:+.4f}; {source})"
             )
     return lines
@@ -200,7 +206,7 @@ def write_curves(by_step: dict[int, dict], folder: str | Path) -> tuple[Path, Pa
     curves: dict[str, list[tuple[int, TaskScore]]] = {}
     for step, results in sorted(by_step.items()):
         for one in scores(results):
-            curves.setdefault(f"{one.task} {one.metric}", []).append((step, one))
+            curves.setdefault(f"{one.task} {one.metric_name}", []).append((step, one))
     with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(field.name for field in dataclasses.fields(TaskScore))])
@@ -217,13 +223,13 @@ def _draw(curves: dict[str, list[tuple[int, TaskScore]]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError('a picture needs matplotlib; pip install "neox_jax[viz]"') from error
-    metrics = sorted({points[0][1].metric for points in curves.values()})
+    metrics = sorted({points[0][1].metric_name for points in curves.values()})
     figure = Figure(figsize=(7, 3.2 * len(metrics)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
     for panel, metric in zip(panels, metrics, strict=True):
         for points in curves.values():
-            if points[0][1].metric == metric:
+            if points[0][1].metric_name == metric:
                 steps, values = zip(*((step, one.value) for step, one in points), strict=True)
                 errors = [one.stderr or 0 for _, one in points]
                 panel.errorbar(steps, values, errors, marker="o", markersize=4, capsize=3, label=points[0][1].task)

@@ -16,7 +16,7 @@ from neox_jax.cli import main
 from neox_jax.config import EvalConfig
 from neox_jax.errors import InputError
 from neox_jax.metrics import read_metrics
-from neox_jax.tasks import Tasks
+from neox_jax.tasks import Tasks, compare, scores
 from neox_jax.train import train
 
 lm_eval = pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
@@ -210,3 +210,16 @@ def test_while_a_run_trains(data, folder, tmp_path, mesh):
     with pytest.raises(InputError, match="task 'choises' is not known"):
         train(dataclasses.replace(config, eval=EvalConfig(tasks=("choises",))), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_metric_under_several_filters_stays_several():
+    """As gsm8k has it: neither in a comparison nor in a curve does one take the other's place."""
+    values = {"exact_match,strict-match": 0.02, "exact_match_stderr,strict-match": 0.004}
+    values |= {"exact_match,flexible-extract": 0.03, "exact_match_stderr,flexible-extract": "N/A", "alias": "gsm8k"}
+    results = {"results": {"gsm8k": values}, "n-shot": {"gsm8k": 5}}
+    found = {one.metric_name: (one.value, one.stderr) for one in scores(results)}
+    assert found == {"exact_match/strict-match": (0.02, 0.004), "exact_match/flexible-extract": (0.03, None)}
+    first, second = compare(results, "gpt-neox-20b")
+    assert first.startswith("gsm8k exact_match/strict-match (5 shots): 0.0200 ± 0.0040, published 0.0243 (-0.0043; ")
+    assert second.startswith("gsm8k exact_match/flexible-extract (5 shots): 0.0300, published 0.0243 (+0.0057; ")
+    assert compare(results, "pythia-70m") == []
