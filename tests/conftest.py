@@ -1,5 +1,6 @@
 """Eight fake CPU devices and a compilation cache, set before anything touches jax."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -22,6 +23,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs():
+    """Gives up a file's compiled programs after it: each has memory maps, and a process may have 65,530 of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
