@@ -121,8 +121,7 @@ class Engine:
     top_logprobs: how many of the likeliest tokens come with each. int8_cache: keys and values in 8 bits, with a scale
     for each head of each position. num_drafted: tokens guessed ahead in each step, by `draft`, a smaller model of the
     same tokenizer on the same mesh, or where there is none by looking up what followed the last tokens before.
-    Calls return before the device is done, but on a CPU; `jax.device_get` of what they return waits. One thread at a
-    time.
+    Calls return before the device is done; `jax.device_get` of what they return waits. One thread at a time.
     Raises: InputError for sizes that do not fit the model or its mesh.
     """
 
@@ -178,7 +177,7 @@ class Engine:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         top = self._options["top"] if scores else None
-        return self._settle(_prefill(self._models, tokens, lengths, top=top))
+        return _prefill(self._models, tokens, lengths, top=top)
 
     def prefill_rows(self, length: int) -> int:
         """How many prompts of at most this length one call of `prefill` should take."""
@@ -200,7 +199,7 @@ class Engine:
         wanted = as_arrays(filled[2])
         places = np.asarray(filled[:2], np.int32)
         self._slots, scores = _insert(self.model, self._slots, prefilled, places, wanted, **self._options)
-        return self._settle(scores)
+        return scores
 
     def decode_block(self) -> Scores:
         """Up to block_steps steps of all slots, fewer when all are done. Returns Scores of [B, K * (1 + num_drafted)].
@@ -211,12 +210,7 @@ class Engine:
         self._slots, scores = _decode_block(
             self._models, self._slots, stopped, block_steps=self._block_steps, **self._options
         )
-        return self._settle(scores)
-
-    def _settle(self, results):
-        """On a CPU waits: running ahead gains little there, and jaxlib 0.10.2 has crashed in writing a compiled program
-        into the compilation cache while another one ran."""
-        return jax.block_until_ready(results) if platform(self.model.mesh) == "cpu" else results
+        return scores
 
     def free(self, slots: Sequence[int]) -> None:
         """Ends what these slots are doing; those that are done are free already."""
