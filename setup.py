@@ -35,6 +35,7 @@ TEST = [
     "torch==2.13.0",
     "transformers==5.23.0",
     "accelerate>=1.15,<2",
+    "peft>=0.21,<0.22",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "pytest-timeout>=2.4,<3",

@@ -26,6 +26,7 @@ DTYPES, QUANTIZATIONS = ("float32", "bfloat16", "float16"), ("int8",)
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 SAMPLING_OPTIONS += ("frequency_penalty", "max_new_tokens", "min_tokens", "stop", "ignore_eos", "seed")
 ENGINE_OPTIONS = ("batch_size", "int8_cache", "num_drafted")
+ADAPTER_HELP = "a run of adapters (lora.rank), or PEFT's folder, for the model"
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_count, default=64, metavar="B", help="so many completions together (default: 64)")
     add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
+    add("--adapter", metavar="PATH", help=ADAPTER_HELP)
     add("--int8-cache", action="store_true", help="keys and values in 8 bits")
     add("--draft", metavar="SOURCE", help="a smaller model of the same tokenizer, which guesses ahead")
     add("--num-drafted", type=int, default=0, metavar="N", help="tokens guessed ahead; without --draft, by looking up")
@@ -156,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_count, metavar="B", help="rows of the model's context together (default: 8, tasks: auto)")
     add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
+    add("--adapter", metavar="PATH", help=ADAPTER_HELP)
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
     add("--json", action="store_true", help="print JSON")
     add("--num-fewshot", type=_index, metavar="N", help="tasks: examples before each question (default: the task's)")
@@ -171,9 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SRC", help=SOURCE_HELP)
     add("destination", metavar="DST", help="a new folder; with --verify, the model to compare with")
     task = convert.add_mutually_exclusive_group(required=True)
-    task.add_argument("--to", choices=("hf", "orbax", "neox"), dest="format")
+    task.add_argument("--to", choices=("hf", "orbax", "neox", "peft"), dest="format", help="peft: its adapters alone")
     task.add_argument("--verify", action="store_true", help="write nothing: compare SRC and DST, tensor by tensor")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="with --to neox: into how many parts")
+    add("--adapter", metavar="PATH", help=f"{ADAPTER_HELP}, merged into its weights")
     add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
 
@@ -387,7 +391,8 @@ def _generate(args) -> int:
 
 def _load(args):
     revision = getattr(args, "revision", None)
-    model = neox_jax.load_model(args.model, dtype=args.dtype, revision=revision, quantize=args.quantize)
+    options = {"dtype": args.dtype, "quantize": args.quantize, "adapter": args.adapter}
+    model = neox_jax.load_model(args.model, revision=revision, **options)
     tokenizer = neox_jax.load_tokenizer(args.tokenizer or args.model, revision=revision)
     return model, tokenizer
 
@@ -430,7 +435,7 @@ def _eval_tasks(args) -> int:
     by_step = {}
     for step, source in sources.items():
         tokenizer = None if args.tokenizer is None else neox_jax.load_tokenizer(args.tokenizer)
-        options = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision}
+        options = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision, "adapter": args.adapter}
         lm = NeoxLM(source, tokenizer=tokenizer, batch_size=args.batch_size, **options)
         results = wanted.run(lm, limit=args.limit, log_samples=args.log_samples)
         by_step[step] = results
@@ -454,6 +459,8 @@ def _convert(args) -> int:
 
     if args.verify:
         return _verify(args)
+    if args.format == "peft":
+        return _convert_adapter(args)
     for path in find_partials(Path(args.destination)):
         print(f"{path} is of a conversion that was killed, or is still at work; if none is, remove it", file=sys.stderr)
     try:
@@ -470,6 +477,7 @@ def _convert(args) -> int:
             dtype=args.dtype,
             tokenizer=tokenizer,
             revision=args.revision,
+            adapter=args.adapter,
             progress=progress,
         )
     for note in stored.notes:
@@ -478,12 +486,25 @@ def _convert(args) -> int:
     return 0
 
 
+def _convert_adapter(args) -> int:
+    if args.adapter or args.dtype or args.tensor_parallel != 1:
+        return _usage("convert --to peft takes SRC, a run of adapters, and no --adapter, --dtype or --tensor-parallel")
+    from neox_jax.convert.peft import save_peft
+    from neox_jax.convert.source import open_adapter
+
+    adapter = open_adapter(args.source)
+    save_peft(adapter, args.destination)
+    count = sum(factor.size for factor in adapter.factors.values())
+    print(f"{count:,} parameters of adapters in {args.destination}, for {adapter.base.source or 'a model not named'}")
+    return 0
+
+
 def _verify(args) -> int:
     from neox_jax.convert import manifest, source, stored
 
     models, problems = [], []
     for place, revision in ((args.source, args.revision), (args.destination, None)):
-        model = source.open_source(place, revision=revision)
+        model = source.open_source(place, revision=revision, adapter=args.adapter if place == args.source else None)
         written = manifest.find_manifest(source.folder_of(place, revision=revision))
         if written is not None:
             problems += [f"{place}: {line} ({manifest.MANIFEST})" for line in manifest.check(model, written)]

@@ -23,6 +23,8 @@ REMAT_POLICIES = ("none", "full", "dots", "save_attention")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 SCHEDULES = ("cosine_floor", "cosine", "linear", "constant")
 ORDERS = ("shuffled", "megatron", "sequential")
+LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+QUANTIZATIONS = ("int8",)
 
 
 def nearest(name: str, choices) -> str:
@@ -298,6 +300,42 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, trained instead of the weights, which stay; rank 0: none.
+
+    A target's product x W becomes x W + alpha / rank x A B (rslora: alpha / sqrt(rank)): A has `rank` columns, and B,
+    zeros at first, so many rows. targets: any of query_key_value, dense (attention's), dense_h_to_4h, dense_4h_to_h.
+    dropout: of what goes into A, while training. quantize: int8 holds the weights that stay in 8 bits (QLoRA); else
+    they are in train.dtype.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query_key_value",)
+    dropout: float = 0.0
+    rslora: bool = False
+    quantize: str = ""
+
+    def __post_init__(self):
+        if not (isinstance(self.rank, int) and not isinstance(self.rank, bool) and 0 <= self.rank <= MAX_NUMBER):
+            raise InputError(f"lora.rank is {self.rank!r}; it must be 0 (no adapters) or a whole number above")
+        if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha <= MAX_NUMBER):
+            raise InputError(f"lora.alpha is {self.alpha!r}; it must be a number above 0")
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            raise InputError(f"lora.dropout is {self.dropout!r}; it must be a share, from 0 to below 1")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise InputError(f"lora.targets is {self.targets!r}; wanted some of {', '.join(LORA_TARGETS)}, each once")
+        for target in self.targets:
+            check_choice("lora.targets", target, LORA_TARGETS)
+        check_choice("lora.quantize", self.quantize, ("", *QUANTIZATIONS))
+
+    @property
+    def scale(self) -> float:
+        """What the product with both factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """train, valid: a prefix of .bin/.idx files, or a list of prefixes or of (prefix, weight) pairs; or one or several
     .jsonl files of conversations. valid may also be several such sets by name, {"code": ..., "prose": ...}.
@@ -432,6 +470,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -441,6 +480,15 @@ class Config:
     def __post_init__(self):
         if not self.init_from:  # else the model is known only when the source has been read
             self.check_seq_length()
+        if self.lora.rank and not self.init_from:
+            raise InputError("lora.rank is set without init_from; name the model that the adapters are for")
+        if self.lora.quantize and not self.lora.rank:
+            raise InputError("lora.quantize is set without lora.rank; weights in 8 bits are not trained")
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Of the adapters that are trained, if any are."""
+        return self.lora if self.lora.rank else None
 
     def masks(self, source: Any) -> Masks:
         """Of batches from this source of data."""
@@ -467,6 +515,7 @@ SECTIONS = {
     "mesh": MeshConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
+    "lora": LoraConfig,
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "eval": EvalConfig,

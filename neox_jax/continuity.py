@@ -5,7 +5,7 @@ import json
 from neox_jax.config import flatten, is_conversations
 
 # What the steps to come depend on ("optimizer." is all of it); every other field may be changed between two starts.
-DEPENDS_ON = ("train.batch_size", "train.seq_length", "train.dtype", "train.seed", "optimizer.")
+DEPENDS_ON = ("train.batch_size", "train.seq_length", "train.dtype", "train.seed", "optimizer.", "lora.")
 DEPENDS_ON += ("data.train", "data.split", "data.order", "data.seed", "data.num_samples")
 DEPENDS_ON += ("train.eod_mask_loss", "train.document_masks", "train.loss_rows")
 MASKS_DEPEND_ON = ("data.eod_token", "data.tokenizer", "data.chat_template")

@@ -48,6 +48,7 @@ class NeoxLM(TemplateLM):
         dtype: str | None = None,
         revision: str | None = None,
         quantize: str | None = None,
+        adapter: str | None = None,
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
         tell: Callable[[str], None] | None = None,
@@ -56,7 +57,8 @@ class NeoxLM(TemplateLM):
     ):
         super().__init__()
         if model is None:
-            model = load_model(pretrained, mesh=mesh, dtype=dtype, revision=revision, quantize=quantize)
+            options = {"dtype": dtype, "revision": revision, "quantize": quantize, "adapter": adapter}
+            model = load_model(pretrained, mesh=mesh, **options)
         self.model = model
         self.tokens = load_tokenizer(pretrained, revision=revision) if tokenizer is None else tokenizer
         ids, rows = self.tokens.vocab_size, model.config.vocab_size

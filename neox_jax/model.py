@@ -15,8 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from neox_jax.attention import NEGATIVE, Attend, default_backend, make_attend, save_attention
-from neox_jax.config import TANH_GELUS, ModelConfig
+from neox_jax.config import TANH_GELUS, LoraConfig, ModelConfig
 from neox_jax.inside import Patch, check_inside, look_inside
+from neox_jax.lora import adapter_for
 from neox_jax.rotary import apply_rotary, rotary_tables
 from neox_jax.sharding import constrain, named_sharding, platform, positions_axis
 from neox_jax.tensor_parallel import Ranks
@@ -55,10 +56,12 @@ class Linear(nnx.Module):
 
     inputs, outputs: logical axis -> size. kernel [L, *inputs, *outputs]; bias [L, *outputs] or None. Where it is
     quantized the kernel is int8 and kernel_scale float32 [L, *outputs], what each output is multiplied by; else None.
+    lora: what an adapter adds to the product, where it has one of this name; else None.
     """
 
     def __init__(
         self,
+        name: str,
         layers: int,
         inputs: dict,
         outputs: dict,
@@ -68,6 +71,7 @@ class Linear(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
         quantized: bool = False,
+        lora: LoraConfig | None = None,
     ):
         shape = (layers, *inputs.values(), *outputs.values())
         kernel = std * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -78,6 +82,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, dtype), logical=("layers", *axes)) if bias else None
         scale = nnx.Param(jnp.ones(shape, jnp.float32), logical=("layers", *axes)) if quantized else None
         self.kernel_scale = scale
+        self.lora = adapter_for(lora, name, layers, inputs, outputs, dtype=dtype, rngs=rngs)
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array, ranks: Ranks, *, part: int | None = None) -> jax.Array:
@@ -102,10 +107,10 @@ class Linear(nnx.Module):
             inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
             y_2d = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(outputs))
             y = y_2d.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
-        if self.kernel_scale is None:
-            return y
-        scale = self.kernel_scale[...]
-        return (y * (scale if part is None else scale[..., part, :])).astype(x.dtype)
+        if self.kernel_scale is not None:
+            scale = self.kernel_scale[...]
+            y = (y * (scale if part is None else scale[..., part, :])).astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x, ranks, part=part)
 
 
 class Attention(nnx.Module):
@@ -120,8 +125,9 @@ class Attention(nnx.Module):
         )
         per_head = {"heads": heads, "qkv": 3, "head_dim": head_dim}
         options |= {"bias": config.attention_bias}
-        self.query_key_value = Linear(layers, {"embed": d}, per_head, std=std, **options)
-        self.dense = Linear(layers, {"heads": heads, "head_dim": head_dim}, {"embed": d}, std=output_std, **options)
+        self.query_key_value = Linear("query_key_value", layers, {"embed": d}, per_head, std=std, **options)
+        per_head = {"heads": heads, "head_dim": head_dim}
+        self.dense = Linear("dense", layers, per_head, {"embed": d}, std=output_std, **options)
 
     def project(self, x_BTD: jax.Array, ranks: Ranks) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values [B,T,N,H]."""
@@ -139,8 +145,8 @@ class MLP(nnx.Module):
         layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         self.approximate = config.hidden_act in TANH_GELUS
         options |= {"bias": True}
-        self.dense_h_to_4h = Linear(layers, {"embed": d}, {"mlp": f}, std=std, **options)
-        self.dense_4h_to_h = Linear(layers, {"mlp": f}, {"embed": d}, std=output_std, **options)
+        self.dense_h_to_4h = Linear("dense_h_to_4h", layers, {"embed": d}, {"mlp": f}, std=std, **options)
+        self.dense_4h_to_h = Linear("dense_4h_to_h", layers, {"mlp": f}, {"embed": d}, std=output_std, **options)
 
     def contract(self, hidden_BTF: jax.Array, ranks: Ranks) -> jax.Array:
         """The second product of what the first one gave, without its bias."""
@@ -150,7 +156,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """All transformer layers, stacked; inside a scan over the stack, one of them."""
 
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs, quantized: bool):
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs, quantized: bool, lora: LoraConfig | None):
         layers, d = config.num_hidden_layers, config.hidden_size
         if config.init_method == "small_init":
             std, output_std = math.sqrt(2 / (5 * d)), 2 / (layers * math.sqrt(d))
@@ -160,7 +166,7 @@ class Layer(nnx.Module):
         norm = {"eps": config.layer_norm_eps, "dtype": dtype, "stacked": (layers,)}
         self.input_layernorm = LayerNorm(d, **norm)
         self.post_attention_layernorm = LayerNorm(d, **norm)
-        options = {"dtype": dtype, "rngs": rngs, "quantized": quantized}
+        options = {"dtype": dtype, "rngs": rngs, "quantized": quantized, "lora": lora}
         self.attention = Attention(config, std, output_std, **options)
         self.mlp = MLP(config, std, output_std, **options)
 
@@ -254,15 +260,26 @@ class NeoX(nnx.Module):
     """A GPT-NeoX language model. The compute dtype is that of `embed_in`; a mesh pins activations' sharding.
 
     quantization: "int8" for matrices (and a head that is not tied) in 8 bits, as `quantize.quantize_model` makes them.
+    lora: of adapters, for a model that has some.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, mesh=None, quantization: str = ""):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        mesh=None,
+        quantization: str = "",
+        lora: LoraConfig | None = None,
+    ):
         self.config = config
         self.mesh = mesh
         self.quantization = quantization
+        self.lora = lora
         options = {"dtype": dtype, "rngs": rngs}
         self.embed_in = Embedding(config, **options)
-        self.layers = Layer(config, **options, quantized=bool(quantization))
+        self.layers = Layer(config, **options, quantized=bool(quantization), lora=lora)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
         self.embed_out = None if tied else Embedding(config, **options, quantized=bool(quantization))
@@ -369,12 +386,14 @@ def logical_axes(model: NeoX) -> dict[str, tuple[str, ...]]:
     return {".".join(path): param.get_metadata("logical") for path, param in nnx.to_flat_state(state)}
 
 
-def abstract_model(config: ModelConfig, *, dtype=jnp.float32, mesh=None, quantization: str = "") -> NeoX:
+def abstract_model(
+    config: ModelConfig, *, dtype=jnp.float32, mesh=None, quantization: str = "", lora: LoraConfig | None = None
+) -> NeoX:
     """The model with ShapeDtypeStructs for parameters, with their shardings where there is a mesh.
 
     Raises: InputError if a dim does not divide over the mesh.
     """
-    options = {"dtype": dtype, "mesh": mesh, "quantization": quantization}
+    options = {"dtype": dtype, "mesh": mesh, "quantization": quantization, "lora": lora}
     model = jax.eval_shape(lambda: NeoX(config, rngs=nnx.Rngs(0), **options))
     if mesh is None:
         return model

@@ -26,7 +26,7 @@ def pipelined_hidden(
 ) -> jax.Array:
     """The final LayerNorm's output for each microbatch. Shapes: [M,B,T] -> [M,B,T,D].
 
-    layers: the master weights; `cast` makes of them what is computed with, in each iteration, so that gradients are
+    layers: the master weights; cast(layers, iteration) makes of them what is computed with, so that gradients are
     summed over microbatches in the masters' dtype.
     """
     mesh, num_stages = model.mesh, model.mesh.shape["pipe"]
@@ -34,15 +34,17 @@ def pipelined_hidden(
     tables = model.rotary_tables(jnp.arange(tokens_MBT.shape[-1]))
     stages = jax.tree.map(functools.partial(_split_stages, num_stages=num_stages), layers)
 
-    def run_stage(layers, x_BTD, segment_ids_BT):
+    def run_stage(layers, x_BTD, segment_ids_BT, iteration):
         attend = functools.partial(model.attend(attention), segment_ids_BT=segment_ids_BT)
-        return run_layers(cast(layers), x_BTD, tables, attend, mesh, remat="none" if remat == "full" else remat)
+        return run_layers(
+            cast(layers, iteration), x_BTD, tables, attend, mesh, remat="none" if remat == "full" else remat
+        )
 
     if remat == "full":
         # Of each microbatch a stage keeps what came in, and not what went into each of its layers: every microbatch of
         # a step is in flight, which would be most of the memory.
         run_stage = jax.checkpoint(run_stage, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    run_stages = jax.vmap(run_stage, spmd_axis_name="pipe")
+    run_stages = jax.vmap(run_stage, in_axes=(0, 0, 0, None), spmd_axis_name="pipe")
 
     def iterate(carry, iteration):
         x_SBTD, segment_ids_SBT = carry
@@ -50,7 +52,7 @@ def pipelined_hidden(
         x_SBTD = _hand_on(x_SBTD, model.embed(tokens_MBT[now]), mesh)
         if segment_ids_SBT is not None:
             segment_ids_SBT = jnp.roll(segment_ids_SBT, 1, axis=0).at[0].set(segment_ids_MBT[now])
-        x_SBTD = _pin(run_stages(stages, x_SBTD, segment_ids_SBT), mesh)
+        x_SBTD = _pin(run_stages(stages, x_SBTD, segment_ids_SBT, iteration), mesh)
         return (x_SBTD, segment_ids_SBT), scatter_positions(x_SBTD[-1], mesh)
 
     embedded = jax.eval_shape(model.embed, tokens_MBT[0])

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neox_jax.config import check_choice
+from neox_jax.config import QUANTIZATIONS, check_choice
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.tree import leaf_name, map_named, named_leaves
 
-QUANTIZATIONS = ("int8",)
 SCALE = "_scale"
 
 
@@ -28,7 +27,7 @@ def quantize_model(model: NeoX, quantization: str) -> NeoX:
     if model.quantization:
         return model
     dtype = model.embed_in.embedding.dtype
-    target = abstract_model(model.config, dtype=dtype, mesh=model.mesh, quantization=quantization)
+    target = abstract_model(model.config, dtype=dtype, mesh=model.mesh, quantization=quantization, lora=model.lora)
     leaves = named_leaves(target)
     shardings = {name: leaf.sharding for name, leaf in leaves.items()} if model.mesh is not None else None
     # A leaf at a time, so that no more than one is there twice.

@@ -22,6 +22,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("model",),
     "norm": (),
+    "rank": (),  # of an adapter
     "batch": ("data", "fsdp"),
     "stages": ("pipe",),
     "length": (),  # of tokens, whose T + 1 divides over nothing, and of a cache

@@ -64,6 +64,16 @@ class Ranks:
                 weights = jax.lax.all_gather(weights, "fsdp", axis=dim, tiled=True)
         return weights
 
+    def fold(self, key: jax.Array, logical: tuple[str, ...]) -> jax.Array:
+        """The key of what this rank draws for activations of its own rows, with these logical axes inside them."""
+        if not self._many:
+            return key
+        own = "model" if any("model" in RULES[axis] for axis in logical) else ""
+        for axis in ("data", "fsdp", "seq", own):
+            if self.mesh.shape.get(axis, 1) > 1:
+                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return key
+
     def run(self, function: Callable, layer: nnx.Module, *arrays: jax.Array, axes: tuple, out_axes: tuple):
         """function(layer, *arrays) on every rank: with its part of one layer's parameters, of arrays and of results.
 

@@ -19,8 +19,9 @@ from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.compiler_options import compiler_options, preset_for
 from neox_jax.config import Config, ModelConfig
 from neox_jax.continuity import changed_fields
+from neox_jax.convert.adapter import Base, about_adapter, absolute_source
 from neox_jax.convert.files import read_json, to_json
-from neox_jax.convert.source import TOKENIZER_FILE, load_model
+from neox_jax.convert.source import TOKENIZER_FILE, identify_source, load_model
 from neox_jax.data.conversations import ConversationSamples
 from neox_jax.data.loader import Loader
 from neox_jax.data.sources import open_source
@@ -29,9 +30,10 @@ from neox_jax.errors import InputError
 from neox_jax.events import Events
 from neox_jax.generation import generate
 from neox_jax.heldout import BITS_PER_BYTE, LOSS, HeldoutSets
+from neox_jax.lora import without_dropout
 from neox_jax.meter import Meter
 from neox_jax.metrics import MetricsWriter, Progress
-from neox_jax.model import NeoX, abstract_model
+from neox_jax.model import NeoX
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
 from neox_jax.pipeline import bubble
@@ -41,7 +43,8 @@ from neox_jax.supervision import Supervisor
 from neox_jax.tasks import RunTasks
 from neox_jax.tokenizer import Tokenizer
 from neox_jax.train_state import TrainState, abstract_state, init_state, pure_params
-from neox_jax.train_step import cast_kernels, check_fits, make_train_step
+from neox_jax.train_step import cast_kernels, check_fits, make_train_step, model_graph
+from neox_jax.tree import join
 
 CONFIG_FILE, MODEL_FILE = "config.json", "model.json"
 SHARED_SECONDS = 30  # for what one host wrote to be seen by another: NFS keeps what it knows of a folder for a while
@@ -81,8 +84,10 @@ class Run:
                 "start each with --distributed auto, or with `neox_jax.distributed.joined`"
             )
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-        self.initial_params = None
-        if config.init_from and not list_steps(self.folder / STEPS_FOLDER):
+        self.initial_params, self.frozen, self.base = None, (), None
+        if config.adapters:
+            config = self._load_base(config)
+        elif config.init_from and not list_steps(self.folder / STEPS_FOLDER):
             initial = load_model(config.init_from, mesh=self.mesh, dtype="float32")
             self.initial_params = pure_params(initial)
             config = dataclasses.replace(config, model=initial.config)
@@ -99,8 +104,9 @@ class Run:
             )
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, dtype=config.train.dtype)
-        check_sharded(self.abstract_state.params, self.mesh)
+        options = {"dtype": config.train.dtype, "lora": config.adapters}
+        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, **options)
+        check_sharded(self.whole(self.abstract_state.params), self.mesh)
         self.compiler_preset = preset_for(config.train.compiler_options, self.mesh.devices.flat[0].device_kind)
         self._check_compiler_options()
         self.tokenizer = self._open_tokenizer()
@@ -114,6 +120,27 @@ class Run:
         check_fits(config, self.mesh)
         self.heldout = HeldoutSets(config, self.mesh, self.valid_loaders, self.tokenizer, self.peers)
         self.tasks = RunTasks(config.eval, self.tokenizer)
+
+    def _load_base(self, config: Config) -> Config:
+        """Loads what adapters are added to, and learns which weights those are. Returns the run with its model."""
+        lora = config.adapters
+        base = load_model(config.init_from, mesh=self.mesh, dtype=config.train.dtype, quantize=lora.quantize or None)
+        if base.lora is not None:
+            raise InputError(
+                f"init_from {config.init_from} has adapters already; convert it --to hf first: that merges"
+            )
+        if base.quantization != lora.quantize:
+            raise InputError(
+                f"init_from {config.init_from} holds {base.quantization} weights; set lora.quantize to that"
+            )
+        self.frozen = (pure_params(base),)
+        digest = identify_source(config.init_from) if self.peers.process_id == 0 else None
+        self.base = Base(absolute_source(config.init_from), self.peers.gather("the base of the adapters", digest)[0])
+        return dataclasses.replace(config, model=base.config)
+
+    def whole(self, params: dict) -> dict:
+        """All parameters of the model, where the state may have its adapters alone."""
+        return join(params, *self.frozen)
 
     def _check_compiler_options(self) -> None:
         """Compiles a sum of nothing with them: the compiler itself knows what it takes."""
@@ -132,6 +159,8 @@ class Run:
         if not path.is_file():
             return
         there, wanted = read_json(path), dataclasses.asdict(self.config.model)
+        if self.config.adapters:
+            wanted.pop("vocab_multiple")  # follows from the mesh, which a run may change
         differing = [f"{k} {there.get(k)!r}, not {wanted[k]!r}" for k in wanted if there.get(k) != wanted[k]]
         if differing:
             raise InputError(
@@ -176,7 +205,7 @@ class Run:
         return Loader(samples, batch_size=train.batch_size, seq_length=train.seq_length, sharding=sharding)
 
     def compile_step(self):
-        """The training step, compiled ahead: (state, tokens) -> (state, metrics)."""
+        """The training step, compiled ahead: (state, tokens, *frozen) -> (state, metrics)."""
         train = self.config.train
         step = make_train_step(
             self.config,
@@ -187,7 +216,7 @@ class Run:
         )
         shape = (train.batch_size, train.seq_length + 1)
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.train_loader.sharding)
-        return step.lower(self.abstract_state, tokens).compile()
+        return step.lower(self.abstract_state, tokens, *self.frozen).compile()
 
     def describe(self) -> list[str]:
         """How the run is laid out over its devices, in lines: mesh, bubble, compiler options, each parameter."""
@@ -201,7 +230,7 @@ class Run:
         lines += [f"compiler option {name}={value} ({self.compiler_preset})" for name, value in options.items()]
         lines += self.data_notes
         if self.mesh.size > 1:
-            for one in report_sharding(self.abstract_state.params):
+            for one in report_sharding(self.whole(self.abstract_state.params)):
                 share = one.device_bytes / one.num_bytes
                 lines.append(f"{one.name} {list(one.shape)} over {tuple(one.spec)}: {share:.2%} on a device")
         return lines
@@ -215,7 +244,13 @@ class Run:
             seed=train.seed,
             dtype=train.dtype,
             params=self.initial_params,
+            lora=self.config.adapters,
         )
+
+    def open_checkpoints(self) -> RunCheckpoints:
+        lora = self.config.adapters
+        about = None if lora is None else about_adapter(lora, self.base)
+        return RunCheckpoints(self.folder, self.config.checkpoint, self.peers, self.events.say, adapter=about)
 
     def check_same_data(self) -> None:
         """Ends all processes where one reads other tokens than the first, by batch 0."""
@@ -281,8 +316,8 @@ def train(
 
 
 def _train(run: Run, supervisor: Supervisor, profiler: Profiler) -> TrainResult:
-    config, peers = run.config, run.peers
-    checkpoints = RunCheckpoints(run.folder, config.checkpoint, peers, run.events.say)
+    peers = run.peers
+    checkpoints = run.open_checkpoints()
     start, state = _start(run, checkpoints)
     profiler.start_run(start)
     writer = MetricsWriter(run.folder, start_step=start) if peers.process_id == 0 else None
@@ -292,7 +327,7 @@ def _train(run: Run, supervisor: Supervisor, profiler: Profiler) -> TrainResult:
             _save(run, step, state, checkpoints, writer, supervisor, force=True)
             if interrupted:
                 return TrainResult(step=step, interrupted=True)
-            valid = run.heldout.measure(state.params, supervisor.begin)
+            valid = run.heldout.measure(run.whole(state.params), supervisor.begin)
     finally:
         checkpoints.close()
         if writer is not None:
@@ -346,13 +381,13 @@ def _loop(
             for index, tokens, wait_seconds in batches:
                 step = index + 1
                 with profiler.step(step, state):
-                    state, metrics = compiled_step(state, tokens)
+                    state, metrics = compiled_step(state, tokens, *run.frozen)
                 meter.add(wait_seconds, metrics)
                 supervisor.see(step, state, metrics, wait_seconds)
                 if step % config.log.every == 0 or step == config.train.steps:
                     line = meter.line(step)
                     if config.eval.every and step % config.eval.every == 0:
-                        line |= run.heldout.measure(state.params, supervisor.begin)
+                        line |= run.heldout.measure(run.whole(state.params), supervisor.begin)
                     if run.tasks.is_due(step, config.train.steps):
                         line |= run.tasks.measure(_model(run, state.params), supervisor.begin)
                     if writer is not None:
@@ -403,8 +438,8 @@ def _model(run: Run, params: dict) -> NeoX:
     # Under names that no rule knows, so that every replica makes the same rows and every process can read them.
     names = [axis if axis == "model" else f"{axis} copies" for axis in run.mesh.axis_names]
     mesh = Mesh(run.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
-    graphdef, _ = nnx.split(abstract_model(run.config.model, mesh=mesh))
-    return nnx.merge(graphdef, cast_kernels(params, jax.numpy.dtype(run.config.train.dtype)))
+    graphdef = model_graph(run.config.model, mesh, without_dropout(run.config.adapters))
+    return nnx.merge(graphdef, cast_kernels(run.whole(params), jax.numpy.dtype(run.config.train.dtype)))
 
 
 def _text(line: dict) -> str:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from neox_jax.config import ModelConfig
+from neox_jax.config import LoraConfig, ModelConfig
+from neox_jax.lora import split_adapters
 from neox_jax.model import NeoX, abstract_model, init_model
 from neox_jax.sharding import replicated, spread
 
@@ -56,7 +57,8 @@ def update_loss_scale(state: LossScale, finite: jax.Array) -> LossScale:
 
 @struct.dataclass
 class TrainState:
-    """params: pure dict of float32 master weights; step: attempts so far, skipped ones included, int32 [].
+    """params: pure dict of float32 master weights, or of adapters' factors alone; step: attempts so far, skipped ones
+    included, int32 [].
 
     Completed updates are the optimizer state's own count; the schedule follows that. loss_scale: in float16 training.
     """
@@ -73,14 +75,21 @@ def pure_params(model: NeoX) -> dict:
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh, *, dtype: str = "float32"
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh,
+    *,
+    dtype: str = "float32",
+    lora: LoraConfig | None = None,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings. Each moment lives where its parameter does, and is cut over the
-    replicas too (`data`): ZeRO-1. dtype: of the computation.
+    replicas too (`data`): ZeRO-1. dtype: of the computation. lora: of the adapters that are trained alone.
 
     Raises: InputError if a dim does not divide over the mesh.
     """
-    params = pure_params(abstract_model(config, mesh=mesh))
+    params = pure_params(abstract_model(config, mesh=mesh, lora=lora))
+    if lora is not None:
+        params, _ = split_adapters(params)
     optimizer_state = optax.tree_map_params(
         optimizer,
         lambda moment, param: jax.ShapeDtypeStruct(
@@ -108,11 +117,18 @@ def init_state(
     seed: int,
     params: dict | None = None,
     dtype: str = "float32",
+    lora: LoraConfig | None = None,
 ) -> TrainState:
     """A state at step 0, made on the mesh; `params` (in the mesh's shardings) replaces the initialisation."""
+    abstract = abstract_state(config, optimizer, mesh, dtype=dtype, lora=lora)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if params is None:
-        params = pure_params(init_model(config, seed=seed, mesh=mesh))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh, dtype=dtype))
+        # What is not among the results is not made.
+        make = jax.jit(
+            lambda: split_adapters(pure_params(NeoX(config, rngs=nnx.Rngs(seed), lora=lora)))[0],
+            out_shardings=shardings.params,
+        )
+        params = pure_params(init_model(config, seed=seed, mesh=mesh)) if lora is None else make()
     make = jax.jit(
         lambda params: TrainState(
             step=jnp.int32(0),

@@ -12,8 +12,9 @@ from flax import nnx
 
 from neox_jax.attention import default_backend
 from neox_jax.compiler_options import compiler_options
-from neox_jax.config import Config, Masks, ModelConfig
+from neox_jax.config import Config, LoraConfig, Masks, ModelConfig
 from neox_jax.errors import InputError
+from neox_jax.lora import of_microbatch, with_noise, without_dropout
 from neox_jax.loss import cross_entropy_sum, target_weights
 from neox_jax.marks import split_marks
 from neox_jax.model import NeoX, abstract_model
@@ -21,12 +22,17 @@ from neox_jax.optimizer import num_updates
 from neox_jax.pipeline import pipelined_hidden
 from neox_jax.sharding import AXES, constrain, platform
 from neox_jax.train_state import TrainState, update_loss_scale
-from neox_jax.tree import is_decayed, map_named
+from neox_jax.tree import is_decayed, join, map_named
 
 
 def cast_kernels(params, dtype):
-    """Kernels and tables in the compute dtype; biases and norms stay float32 (they are tiny, and added in float32)."""
-    return map_named(lambda name, leaf: leaf.astype(dtype) if is_decayed(name) else leaf, params)
+    """Kernels and tables in the compute dtype; biases and norms stay float32 (they are tiny, and added in float32), and
+    what is in 8 bits is not touched."""
+
+    def cast(name: str, leaf):
+        return leaf.astype(dtype) if is_decayed(name) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return map_named(cast, params)
 
 
 def next_token_loss(
@@ -75,7 +81,7 @@ def pipelined_loss(
         master.layers,
         tokens_MBT[..., :-1],
         None if segment_ids_MBT is None else segment_ids_MBT[..., :-1],
-        cast=lambda layers: cast_kernels(layers, dtype),
+        cast=lambda layers, iteration: cast_kernels(of_microbatch(layers, iteration), dtype),
         remat=remat,
         attention=attention,
     )
@@ -128,6 +134,7 @@ def loss_and_gradients(
     segment_ids=None,
     weights_BT=None,
     *,
+    frozen=None,
     dtype,
     remat,
     microbatches,
@@ -138,14 +145,16 @@ def loss_and_gradients(
 ):
     """Mean loss and float32 gradients of it; microbatches fill the pipeline, or are summed in float32 without one.
 
-    scale: the loss is multiplied by it before it is differentiated, and the gradients divided by it afterwards. pin:
-    puts a tree of gradients where it shall live. Shapes: tokens, segment_ids [B,T+1], weights [B,T], of mean 1.
+    frozen: the model's parameters beside `params`. scale: the loss is multiplied by it before it is differentiated, and
+    the gradients divided by it afterwards. pin: puts a tree of gradients where it shall live. Shapes: tokens,
+    segment_ids [B,T+1], weights [B,T], of mean 1.
     """
     batch = (tokens, segment_ids, weights_BT)
     split = functools.partial(split_microbatches, microbatches=microbatches, mesh=mesh)
     pipelined = mesh is not None and mesh.shape.get("pipe", 1) > 1
 
-    def loss_fn(params, *batch):
+    def loss_fn(params, index, *batch):
+        params = of_microbatch(join(params, frozen or {}), index)
         model = nnx.merge(graphdef, cast_kernels(params, dtype))
         if pipelined:
             loss = pipelined_loss(model, params, *split(batch), dtype=dtype, remat=remat, attention=attention)
@@ -155,16 +164,16 @@ def loss_and_gradients(
 
     value_and_grad = jax.value_and_grad(loss_fn)
     if pipelined or microbatches == 1:
-        loss, gradients = value_and_grad(params, *batch)
+        loss, gradients = value_and_grad(params, jnp.int32(0), *batch)
         total, divisor = (loss, pin(gradients)), 1
     else:
 
-        def body(carry, microbatch):
-            loss, gradients = value_and_grad(params, *microbatch)
+        def body(carry, indexed):
+            loss, gradients = value_and_grad(params, indexed[0], *indexed[1])
             return (carry[0] + loss, pin(jax.tree.map(jnp.add, carry[1], gradients))), None
 
         zeros = (jnp.float32(0), pin(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)))
-        total, _ = jax.lax.scan(body, zeros, split(batch))
+        total, _ = jax.lax.scan(body, zeros, (jnp.arange(microbatches), split(batch)))
         divisor = microbatches
     divisor = divisor if scale is None else divisor * scale
     return jax.tree.map(lambda x: x / divisor, total)
@@ -173,8 +182,10 @@ def loss_and_gradients(
 def train_step(
     state: TrainState,
     rows: jax.Array,
+    frozen: dict | None = None,
     *,
     graphdef,
+    draw=lambda frozen, step: frozen,
     optimizer,
     schedule,
     dtype,
@@ -189,6 +200,7 @@ def train_step(
 ):
     """Applies one update, or none where the loss or the gradient norm is not finite or the norm above skip_grad_norm.
 
+    frozen: the model's parameters beside those of the state. draw: gives them what a step draws from.
     Shapes: rows [B,T+1], tokens and their marks. Metrics (float32 []): loss and grad_norm (before clipping) of this
     batch, learning_rate used, skipped (0 or 1). A skipped step changes nothing but `step`: the schedule and every
     moment stay. In float16 gradients that are not finite have overflowed: that is `overflowed`, not `skipped`, and
@@ -203,6 +215,7 @@ def train_step(
         graphdef,
         state.params,
         *read_batch(rows, masks, loss_rows=loss_rows),
+        frozen=draw(frozen, state.step),
         dtype=dtype,
         remat=remat,
         attention=attention,
@@ -235,14 +248,23 @@ def train_step(
 
 
 def make_train_step(config: Config, *, optimizer, schedule, mesh, state_shardings):
-    """Jits `train_step` for a run: the state donated and kept where it lives.
+    """Jits `train_step` for a run: (state, rows) -> (state, metrics), the state donated and kept where it lives; where
+    adapters are trained, (state, rows, what they are added to).
 
     Raises: InputError where the run does not fit the mesh.
     """
     check_fits(config, mesh)
+
+    def draw(frozen, step):
+        lora = config.adapters
+        if lora is None:
+            return frozen
+        return with_noise(frozen, lora, layers=config.model.num_hidden_layers, seed=config.train.seed, step=step)
+
     step = functools.partial(
         train_step,
-        graphdef=model_graph(config.model, mesh),
+        graphdef=model_graph(config.model, mesh, config.adapters),
+        draw=draw,
         optimizer=optimizer,
         schedule=schedule,
         dtype=jnp.dtype(config.train.dtype),
@@ -260,8 +282,12 @@ def make_train_step(config: Config, *, optimizer, schedule, mesh, state_sharding
 
 
 def make_eval_step(config: Config, *, mesh):
-    """Jits the loss alone: (params, rows [B,T+1], masks) -> (mean nats over the targets that count, their number)."""
-    graphdef, dtype = model_graph(config.model, mesh), jnp.dtype(config.train.dtype)
+    """Jits the loss alone: (params, rows [B,T+1], masks) -> (mean nats over the targets that count, their number).
+
+    params: all of the model's, adapters included.
+    """
+    graphdef = model_graph(config.model, mesh, without_dropout(config.adapters))
+    dtype = jnp.dtype(config.train.dtype)
     attention = config.train.attention
 
     def eval_step(params, rows, masks):
@@ -313,6 +339,7 @@ def check_fits(config: Config, mesh) -> None:
         raise InputError("; ".join(problems))
 
 
-def model_graph(config: ModelConfig, mesh):
+def model_graph(config: ModelConfig, mesh, lora: LoraConfig | None = None):
     """The model without its arrays, to merge parameters into at trace time."""
-    return nnx.split(abstract_model(config, mesh=mesh))[0]
+    quantization = "" if lora is None else lora.quantize
+    return nnx.split(abstract_model(config, mesh=mesh, quantization=quantization, lora=lora))[0]

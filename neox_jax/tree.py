@@ -1,11 +1,17 @@
 """Names and sizes of the leaves of a pytree of arrays."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-NO_DECAY = ("bias", "scale")  # last part of the name; the number of dims says nothing, since layers are stacked
+NO_DECAY = (
+    "bias",
+    "scale",
+    "kernel_scale",
+    "embedding_scale",
+)  # last part of the name; the number of dims says nothing, since layers are stacked
 
 
 def leaf_name(path) -> str:
@@ -25,7 +31,7 @@ def map_named(function, tree, *rest):
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: all but biases and LayerNorm's parameters."""
+    """Whether weight decay applies to the parameter: all but biases, scales and LayerNorm's parameters."""
     return name.rsplit(".", 1)[-1] not in NO_DECAY
 
 
@@ -36,3 +42,29 @@ def num_elements(tree) -> int:
 def num_bytes(tree) -> int:
     """Bytes of all leaves, each counted once however it is replicated."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def select(tree: dict, wanted: Callable[[str], bool]) -> dict:
+    """The leaves of nested dicts whose names are wanted, in as few dicts as hold them."""
+
+    def within(part: dict, prefix: str) -> dict:
+        found = {}
+        for key, value in part.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                if inside := within(value, f"{name}."):
+                    found[key] = inside
+            elif wanted(name):
+                found[key] = value
+        return found
+
+    return within(tree, "")
+
+
+def join(*trees: dict) -> dict:
+    """One tree of nested dicts that have no leaf in common."""
+    joined: dict = {}
+    for tree in trees:
+        for key, value in tree.items():
+            joined[key] = join(joined.get(key, {}), value) if isinstance(value, dict) else value
+    return joined

@@ -14,6 +14,7 @@ from neox_jax.checkpoint.steps import (
     list_steps,
     make_meta,
     move_aside,
+    read_adapter_meta,
     read_meta,
     remove_step,
     remove_temporary,
@@ -35,7 +36,7 @@ MAX_PROBLEMS = 20  # that a process tells the others of
 class RunCheckpoints:
     """The checkpoints of one run folder, written in the background. All processes of a run do the same.
 
-    say: takes a line, and the step that it is about.
+    say: takes a line, and the step that it is about. adapter: of a run of adapters, what a step says of them.
     Raises: InputError where the folder cannot be made.
     """
 
@@ -45,9 +46,10 @@ class RunCheckpoints:
         config: CheckpointConfig,
         peers: Alone | Peers | None = None,
         say: Callable[[str, int], None] = lambda text, step: print(text, flush=True),
+        adapter: dict | None = None,
     ):
         self._folder = Path(os.path.abspath(folder)) / STEPS_FOLDER
-        self._config, self._say = config, say
+        self._config, self._say, self._adapter = config, say, adapter
         self._peers = Alone() if peers is None else peers
         self._writer, self._step = None, None  # what is being written
         if self._peers.process_id == 0:
@@ -90,7 +92,7 @@ class RunCheckpoints:
             self._writer = StepWriter(
                 self._folder / str(step),
                 trees,
-                make_meta(model, state.params),
+                make_meta(model, state.params, self._adapter),
                 peers=self._peers,
                 committed=lambda: self._remove_old(step),
             )
@@ -159,12 +161,28 @@ class RunCheckpoints:
     # ---- restoring
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at `step`, on the shardings of `abstract`. Raises: InputError if the trees differ."""
+        """The state at `step`, on the shardings of `abstract`. Raises: InputError if the trees differ, or it is of
+        adapters of another model."""
         folder = self._folder / str(step)
         read_meta(folder)
+        self._check_adapter(folder)
         params = read_tree(folder / "params", abstract.params)
         rest = read_tree(folder / "optimizer", _besides_params(abstract))
         return TrainState(rest["step"], params, rest["state"], rest.get("loss_scale"))
+
+    def _check_adapter(self, folder: Path) -> None:
+        there, ours = read_adapter_meta(folder), self._adapter
+        if (there is None) != (ours is None):
+            kinds = {True: "a model", False: "adapters"}
+            raise InputError(
+                f"{folder} holds {kinds[there is None]}, and this run trains {kinds[ours is None]} (lora.rank); use "
+                "another --workdir"
+            )
+        if ours is not None and there["base_sha256"] != ours["base_sha256"]:
+            raise InputError(
+                f"{folder} was trained over weights with SHA-256 {there['base_sha256'][:12]} ({there['base']}), and "
+                f"init_from has {ours['base_sha256'][:12]} ({ours['base']}); give that model, or another --workdir"
+            )
 
     def restore_newest(self, abstract: TrainState) -> tuple[int, TrainState] | None:
         """The newest step that is as it was written, and its state; None where there is no step at all.

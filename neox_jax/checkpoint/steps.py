@@ -77,11 +77,12 @@ def size_on_disk(folder: Path) -> int:
         return 0
 
 
-def make_meta(model: ModelConfig, params) -> dict:
-    """What a step says of itself, so that it is readable alone."""
+def make_meta(model: ModelConfig, params, adapter: dict | None = None) -> dict:
+    """What a step says of itself, so that it is readable alone. adapter: of adapters, what they are and of what."""
     dtypes = [np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)]
     meta = {"format": FORMAT, "model": dataclasses.asdict(model), "dtype": dtypes[0], "has_sums": True}
-    return meta | ({"quantization": "int8"} if "int8" in dtypes else {})
+    meta |= {"quantization": "int8"} if "int8" in dtypes else {}
+    return meta if adapter is None else {**meta, "adapter": adapter}
 
 
 def read_meta(step_folder: Path) -> tuple[ModelConfig, str]:
@@ -103,6 +104,11 @@ def read_meta(step_folder: Path) -> tuple[ModelConfig, str]:
 def read_quantization(step_folder: Path) -> str:
     """The format of a step's matrices where they are quantized, else "". Raises: DamagedError."""
     return _load_meta(step_folder).get("quantization", "")
+
+
+def read_adapter_meta(step_folder: Path) -> dict | None:
+    """What a step of adapters says of them; None of a model's step. Raises: DamagedError."""
+    return _load_meta(step_folder).get("adapter")
 
 
 def should_have_sums(step_folder: Path) -> bool:

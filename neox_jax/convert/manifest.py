@@ -108,6 +108,14 @@ def hash_tensors(stored: StoredModel, cancelled: threading.Event | None = None) 
     return found
 
 
+def identify(stored: StoredModel) -> str:
+    """One SHA-256 for all weights, the same for the same weights in whatever format they are stored."""
+    digest = hashlib.sha256()
+    for name, about in sorted(hash_tensors(stored).items()):
+        digest.update(f"{name} {about['dtype']} {about['shape']} {about['sha256']}\n".encode())
+    return digest.hexdigest()
+
+
 def _about(tensor: StoredTensor, digest) -> dict:
     return {"dtype": np.dtype(tensor.dtype).name, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
 

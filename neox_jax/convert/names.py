@@ -82,6 +82,17 @@ ROWS = (
 )
 BY_NAME = {row.name: row for row in ROWS}
 
+
+def factor_rows(kernel: Row) -> tuple[Row, Row]:
+    """The two factors of a kernel's adapter under PEFT's names: ours [*inputs, R] and [R, *outputs], stored [R, in] and
+    [out, R]."""
+    outputs, inputs = kernel.dims
+    name, stored = kernel.name.removesuffix("kernel"), f"base_model.model.{kernel.hf.removesuffix('weight')}"
+    a: Dims = ((len(inputs),), tuple(range(len(inputs))))
+    b: Dims = (tuple(range(1, 1 + len(outputs))), (0,))
+    return Row(f"{name}lora.a", f"{stored}lora_A.weight", a), Row(f"{name}lora.b", f"{stored}lora_B.weight", b)
+
+
 _PANEL = 32  # rows; of 2-byte elements, one cache line of the transposed matrix
 
 # Buffers of old exports: the causal mask and the rotary frequencies, which follow from the config.

@@ -11,9 +11,18 @@ import numpy as np
 from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.checkpoint.sums import find_problems
 from neox_jax.config import check_choice
-from neox_jax.convert import hf, hub, neox, orbax
+from neox_jax.convert import hf, hub, neox, orbax, peft
+from neox_jax.convert.adapter import (
+    Adapter,
+    adapter_of,
+    attach,
+    check_base,
+    is_adapter_step,
+    merge,
+    read_adapter_step,
+)
 from neox_jax.convert.files import is_partial, read_json, written_whole
-from neox_jax.convert.manifest import MANIFEST, Hashing
+from neox_jax.convert.manifest import MANIFEST, Hashing, identify
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
 from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, to_model
 from neox_jax.errors import InputError
@@ -24,41 +33,101 @@ from neox_jax.tokenizer import Tokenizer
 from neox_jax.tree import num_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
-FORMATS = ("hf", "orbax", "neox")
+MODEL_FORMATS = ("hf", "orbax", "neox")
+FORMATS = (*MODEL_FORMATS, "peft")
 _READ = {"hf": hf.read_hf, "neox": neox.read_neox, "orbax": orbax.read_step}
 
 
 def load_model(
-    source: str | Path, *, mesh=None, dtype=None, revision: str | None = None, quantize: str | None = None
+    source: str | Path,
+    *,
+    mesh=None,
+    dtype=None,
+    revision: str | None = None,
+    quantize: str | None = None,
+    adapter: str | Path | None = None,
 ) -> NeoX:
     """Loads a model from a SOURCE: a Hugging Face folder or hub id, a NeoX checkpoint (pipeline or sequential layout,
     any tensor parallelism), a run folder (its latest verified step, or `folder@step`), or a folder of one of its steps.
+    A run of adapters, or a folder of PEFT's, is the model that it names with its adapters on it, not merged.
 
     mesh: ours, or any whose axis names are among ours. dtype: parameters are cast to it once; None keeps what is
     stored. revision: of a hub id. quantize: "int8" for weights in 8 bits (`quantize_model`), which a run may hold
-    already.
-    Raises: InputError if nothing recognisable is there, or what is there is incomplete; never a random model.
+    already. adapter: a run of adapters or PEFT's folder, to be put on the model.
+    Raises: InputError if nothing recognisable is there, or what is there is incomplete, or adapters are of another
+    model; never a random model.
     """
     if mesh is not None and not set(mesh.axis_names) <= set(AXES):
         raise InputError(f"mesh axes {mesh.axis_names}: each must be one of {', '.join(AXES)}")
     dtype = check_dtype(dtype)
-    kind, folder = _locate_whole(source, revision=revision)
+    kind, folder, found = _open(source, revision=revision, adapter=adapter)
+    if found is not None and found.base.sha256 is not None:
+        check_base(found, _READ[kind](folder))
     if kind == "orbax":
         model = orbax.load_step(folder, mesh=mesh, dtype=dtype)
     else:
         model = to_model(_READ[kind](folder).cast(dtype), mesh=mesh)
-    return model if quantize is None else quantize_model(model, quantize)
+    model = model if quantize is None else quantize_model(model, quantize)
+    return model if found is None else attach(model, found)
 
 
-def open_source(source: str | Path, *, revision: str | None = None) -> StoredModel:
-    """The configuration and the tensors of a SOURCE, with its weights still on disk. Raises: as `load_model`."""
+def open_source(source: str | Path, *, revision: str | None = None, adapter: str | Path | None = None) -> StoredModel:
+    """The configuration and the tensors of a SOURCE, with its weights still on disk; adapters are merged into them.
+
+    Raises: as `load_model`.
+    """
+    kind, folder, found = _open(source, revision=revision, adapter=adapter)
+    stored = _READ[kind](folder)
+    if found is None:
+        return stored
+    check_base(found, stored)
+    return merge(stored, found)
+
+
+def identify_source(source: str | Path) -> str:
+    """The identity of a SOURCE's weights (`manifest.identify`). Raises: as `load_model`."""
+    return identify(open_source(source))
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """The adapters of a run, or of PEFT's folder. Raises: InputError where there are none, or they are damaged."""
+    kind, folder = _locate_whole(path, revision=None)
+    if kind == "peft":
+        return peft.read_peft(folder)
+    if kind == "orbax" and is_adapter_step(folder):
+        return read_adapter_step(folder)
+    raise InputError(f"{path} holds a model, and no adapters; wanted a run with lora.rank, or PEFT's folder")
+
+
+def _open(source: str | Path, *, revision: str | None, adapter: str | Path | None) -> tuple[str, Path, Adapter | None]:
+    """The kind and the folder of a model, and the adapters to be put on it, if any."""
+    found = None if adapter is None else open_adapter(adapter)
     kind, folder = _locate_whole(source, revision=revision)
-    return _READ[kind](folder)
+    if kind != "peft" and not (kind == "orbax" and is_adapter_step(folder)):
+        return kind, folder, found
+    if found is not None:
+        raise InputError(f"{source} has adapters already; with --adapter name the model that they are for")
+    found = open_adapter(source)
+    if not found.base.source:
+        raise InputError(
+            f"{source} does not say which model its adapters are for; name that one, and these as --adapter"
+        )
+    try:
+        kind, folder = _locate_whole(found.base.source, revision=revision)
+    except InputError as error:
+        raise InputError(
+            f"the model that the adapters in {source} are for: {error}; or name it, and them as --adapter"
+        ) from error
+    if kind == "peft" or (kind == "orbax" and is_adapter_step(folder)):
+        raise InputError(f"{source} has adapters for {found.base.source}, which has some itself; merge those first")
+    return kind, folder, found
 
 
 def folder_of(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a SOURCE in which its tokenizer and its manifest are. Raises: as `load_model`."""
     kind, folder = locate(source, revision=revision)
+    if kind == "peft" and not (folder / TOKENIZER_FILE).is_file():
+        return folder_of(open_adapter(folder).base.source, revision=revision)
     if kind == "orbax":
         return folder.parent.parent  # beside its checkpoints
     if kind == "neox" and not (folder / TOKENIZER_FILE).is_file() and not (folder / MANIFEST).is_file():
@@ -87,11 +156,18 @@ def save_model(
     """Writes a model in its own dtype, with its configuration and, where given, its tokenizer.
 
     format: hf (a folder that transformers loads), orbax (a run folder with the parameters as step 0) or neox (NeoX's
-    pipeline layout, cut for tensor_parallel ranks). Takes any pytree of the model's structure: gradients, for one.
-    Nothing half-written is left behind. A quantized model goes into orbax only.
+    pipeline layout, cut for tensor_parallel ranks): adapters are merged into the weights. Or peft: the adapters alone.
+    Takes any pytree of the model's structure: gradients, for one. Nothing half-written is left behind. A quantized
+    model goes into orbax only.
     Raises: InputError for another format, a folder that is there already and not empty, or where there is no room.
     """
     tokenizer_json = None if tokenizer is None else tokenizer.to_json()
+    check_choice("format", format, FORMATS)
+    if format == "peft":
+        peft.save_peft(adapter_of(model), path)
+        return
+    if model.lora is not None and model.quantization:
+        raise InputError(f"adapters over {model.quantization} weights cannot be merged; save them as peft")
     if model.quantization:
         if format != "orbax":
             raise InputError(
@@ -100,7 +176,9 @@ def save_model(
             )
         _write_orbax(path, num_bytes(model), tokenizer_json, lambda folder: orbax.write_model(model, folder))
         return
-    _write(from_model(model), path, format=format, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json)
+    stored = from_model(model)
+    stored = stored if model.lora is None else merge(stored, adapter_of(model))
+    _write(stored, path, format=format, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json)
 
 
 def convert(
@@ -112,15 +190,17 @@ def convert(
     dtype=None,
     tokenizer: Tokenizer | None = None,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> StoredModel:
     """Writes a SOURCE in another format (see `save_model`) without ever holding the model, and a manifest beside it.
 
-    progress: called with the bytes of tensors done, and of all. Returns what was read; its notes are for the user.
+    adapter: merged into it. progress: called with the bytes of tensors done, and of all. Returns what was read; its
+    notes are for the user.
     Raises: as `load_model` and `save_model`.
     """
-    check_choice("format", format, FORMATS)
-    stored = open_source(source, revision=revision).cast(dtype)
+    check_choice("format", format, MODEL_FORMATS)
+    stored = open_source(source, revision=revision, adapter=adapter).cast(dtype)
     with Hashing(stored) as hashing:
         if format == "hf":
             followed = hashing.follow_tensors()
@@ -150,7 +230,6 @@ def _write(
     tokenizer_json: str | None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    check_choice("format", format, FORMATS)
     if tensor_parallel != 1 and format != "neox":
         raise InputError(f"tensor_parallel {tensor_parallel} is of NeoX's layout only; {format} has one part")
     if format == "hf":
@@ -228,9 +307,11 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Pat
             return "neox", path
         if hf.is_hf_folder(path):
             return "hf", path
+        if peft.is_peft_folder(path):
+            return "peft", path
         raise InputError(
             f"{path} is no model: wanted a Hugging Face folder (config.json and *.safetensors), a run folder "
-            f"({STEPS_FOLDER}/STEP) or a NeoX checkpoint (latest and global_stepN)"
+            f"({STEPS_FOLDER}/STEP), a NeoX checkpoint (latest and global_stepN) or PEFT's ({peft.CONFIG})"
         )
     if not path.exists() and hub.looks_like_repo_id(str(source)):
         return "hf", hub.fetch_snapshot(str(source), revision=revision)

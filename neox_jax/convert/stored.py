@@ -18,6 +18,7 @@ import numpy as np
 from neox_jax.config import DTYPES, ModelConfig, check_choice
 from neox_jax.convert import names
 from neox_jax.errors import InputError
+from neox_jax.lora import is_factor
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.sharding import RULES
 from neox_jax.tree import map_named, named_leaves
@@ -147,12 +148,14 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def from_model(model: NeoX) -> StoredModel:
-    """The tensors of a model on devices of this process; each is brought to the host when it is read.
+    """The tensors of a model on devices of this process; each is brought to the host when it is read. Not adapters.
 
     model: any pytree of the model's structure: gradients, for one.
     """
     found, config = {}, dataclasses.replace(model.config, vocab_multiple=1)
     for name, leaf in named_leaves(model).items():
+        if is_factor(name):
+            continue
         row = names.BY_NAME[name]
         shape = leaf.shape[1:] if row.stacked else leaf.shape
         if row.is_table:
