@@ -19,9 +19,9 @@ from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.compiler_options import compiler_options, preset_for
 from neox_jax.config import Config, ModelConfig
 from neox_jax.continuity import changed_fields
-from neox_jax.convert.adapter import Base, about_adapter, absolute_source
+from neox_jax.convert.adapter import Base, about_adapter, check_same, place_factors
 from neox_jax.convert.files import read_json, to_json
-from neox_jax.convert.source import TOKENIZER_FILE, identify_source, load_model
+from neox_jax.convert.source import TOKENIZER_FILE, config_of, identify_source, load_model, open_base
 from neox_jax.data.conversations import ConversationSamples
 from neox_jax.data.loader import Loader
 from neox_jax.data.sources import open_source
@@ -31,9 +31,10 @@ from neox_jax.events import Events
 from neox_jax.generation import generate
 from neox_jax.heldout import BITS_PER_BYTE, LOSS, HeldoutSets
 from neox_jax.lora import without_dropout
+from neox_jax.memory import Memory
 from neox_jax.meter import Meter
 from neox_jax.metrics import MetricsWriter, Progress
-from neox_jax.model import NeoX
+from neox_jax.model import NeoX, abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.peers import Alone, Peers
 from neox_jax.pipeline import bubble
@@ -84,15 +85,9 @@ class Run:
                 "start each with --distributed auto, or with `neox_jax.distributed.joined`"
             )
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-        self.initial_params, self.frozen, self.base = None, (), None
-        if config.adapters:
-            config = self._load_base(config)
-        elif config.init_from and not list_steps(self.folder / STEPS_FOLDER):
-            initial = load_model(config.init_from, mesh=self.mesh, dtype="float32")
-            self.initial_params = pure_params(initial)
-            config = dataclasses.replace(config, model=initial.config)
-        elif config.init_from:  # under way already: the source is not needed again
-            config = dataclasses.replace(config, model=ModelConfig(**read_json(self.folder / MODEL_FILE)))
+        self.starts = not list_steps(self.folder / STEPS_FOLDER)
+        self.base_source, self.initial_adapter = "", None
+        config = dataclasses.replace(config, model=self._find_model(config))
         config.check_seq_length()
         self.config = config
         self._check_same_model()
@@ -104,9 +99,15 @@ class Run:
             )
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.optimizer = make_optimizer(config.optimizer, config.train.steps)
-        options = {"dtype": config.train.dtype, "lora": config.adapters}
-        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, **options)
-        check_sharded(self.whole(self.abstract_state.params), self.mesh)
+        lora, dtype = config.adapters, config.train.dtype
+        self.abstract_state = abstract_state(config.model, self.optimizer, self.mesh, dtype=dtype, lora=lora)
+        self.abstract_frozen = None
+        if lora is not None:
+            base = abstract_model(config.model, dtype=dtype, mesh=self.mesh, quantization=lora.quantize)
+            self.abstract_frozen = pure_params(base)
+        check_sharded(self.abstract_frozen or self.abstract_state.params, self.mesh)
+        self.memory = Memory(self.abstract_state, self.abstract_frozen, self.mesh.local_devices[0])
+        self.memory.check()
         self.compiler_preset = preset_for(config.train.compiler_options, self.mesh.devices.flat[0].device_kind)
         self._check_compiler_options()
         self.tokenizer = self._open_tokenizer()
@@ -120,23 +121,34 @@ class Run:
         check_fits(config, self.mesh)
         self.heldout = HeldoutSets(config, self.mesh, self.valid_loaders, self.tokenizer, self.peers)
         self.tasks = RunTasks(config.eval, self.tokenizer)
+        self._load()
 
-    def _load_base(self, config: Config) -> Config:
-        """Loads what adapters are added to, and learns which weights those are. Returns the run with its model."""
-        lora = config.adapters
-        base = load_model(config.init_from, mesh=self.mesh, dtype=config.train.dtype, quantize=lora.quantize or None)
-        if base.lora is not None:
-            raise InputError(
-                f"init_from {config.init_from} has adapters already; convert it --to hf first: that merges"
-            )
-        if base.quantization != lora.quantize:
-            raise InputError(
-                f"init_from {config.init_from} holds {base.quantization} weights; set lora.quantize to that"
-            )
-        self.frozen = (pure_params(base),)
-        digest = identify_source(config.init_from) if self.peers.process_id == 0 else None
-        self.base = Base(absolute_source(config.init_from), self.peers.gather("the base of the adapters", digest)[0])
-        return dataclasses.replace(config, model=base.config)
+    def _find_model(self, config: Config) -> ModelConfig:
+        """The model that is trained: the configuration's, init_from's, or that of a run that is under way."""
+        if config.adapters:
+            self.base_source, self.initial_adapter = open_base(config.init_from)
+            if self.initial_adapter is not None:
+                check_same(self.initial_adapter, config.lora)
+            return config_of(self.base_source, mesh=self.mesh)
+        if not config.init_from:
+            return config.model
+        if self.starts:
+            return config_of(config.init_from, mesh=self.mesh)
+        return ModelConfig(**read_json(self.folder / MODEL_FILE))  # the source is not needed again
+
+    def _load(self) -> None:
+        """Loads what init_from has: what is trained, or what adapters are added to and those to begin with."""
+        config, self.initial_params, self.frozen, self.base = self.config, None, (), None
+        if config.adapters:
+            options = {"dtype": config.train.dtype, "quantize": config.lora.quantize or None}
+            self.frozen = (pure_params(load_model(self.base_source, mesh=self.mesh, **options)),)
+            digest = identify_source(self.base_source) if self.peers.process_id == 0 else None
+            self.base = Base(self.base_source, self.peers.gather("the base of the adapters", digest)[0])
+            if self.initial_adapter is not None:
+                self.initial_params = place_factors(self.initial_adapter, self.abstract_state.params)
+        elif config.init_from and self.starts:
+            initial = load_model(config.init_from, mesh=self.mesh, dtype="float32", merged=True)
+            self.initial_params = pure_params(initial)
 
     def whole(self, params: dict) -> dict:
         """All parameters of the model, where the state may have its adapters alone."""
@@ -230,7 +242,7 @@ class Run:
         lines += [f"compiler option {name}={value} ({self.compiler_preset})" for name, value in options.items()]
         lines += self.data_notes
         if self.mesh.size > 1:
-            for one in report_sharding(self.whole(self.abstract_state.params)):
+            for one in report_sharding(join(self.abstract_state.params, self.abstract_frozen or {})):
                 share = one.device_bytes / one.num_bytes
                 lines.append(f"{one.name} {list(one.shape)} over {tuple(one.spec)}: {share:.2%} on a device")
         return lines
@@ -371,6 +383,8 @@ def _loop(
     if start >= config.train.steps:
         return state, start, False
     compiled_step = run.compile_step()
+    run.memory.see(compiled_step)
+    run.events.say(f"memory of a device: {run.memory.describe()}", start)
     before = writer.last if writer is not None else None
     meter = Meter(config, run.mesh, run.peers.hosts, skipped=before["skipped_updates"] if before else 0)
     batches = run.train_loader.batches(start, config.train.steps)

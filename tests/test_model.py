@@ -195,11 +195,11 @@ LEVELS = {
     0: ["errors", "disk", "config", "tree", "hardware", "compiler_options", "hlo", "tokenizer", "hub", "peers"],
     0.5: ["sampling", "run_lock", "watchdog", "slow_hosts", "marks"],
     1: ["distributed", "sharding", "replicas", "rotary", "splash", "attention", "tensor_parallel", "kv_cache", "loss"],
-    2: ["inside", "model", "quantize", "pipeline", "optimizer"],
+    2: ["lora", "inside", "model", "quantize", "pipeline", "optimizer"],
     3: ["train_state", "train_step", "engine", "generation", "scoring"],
     3.5: ["data"],
     4: ["checkpoint", "convert", "metrics", "events", "health", "continuity", "meter", "supervision", "heldout"],
-    4.5: ["profiler"],
+    4.5: ["profiler", "memory"],
     5: ["evaluate", "harness", "published", "tasks", "train", "bench", "estimate", "plot", "prompts"],
     6: ["cli"],
 }

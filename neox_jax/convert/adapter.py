@@ -4,7 +4,6 @@ SHAPES  R rank  in, out: of a weight as it is stored, [out, in]
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 import jax
@@ -19,9 +18,10 @@ from neox_jax.convert.files import join_problems
 from neox_jax.convert.manifest import identify
 from neox_jax.convert.stored import StoredModel, StoredTensor
 from neox_jax.errors import InputError
-from neox_jax.lora import is_factor
+from neox_jax.lora import is_factor, split_adapters
 from neox_jax.model import NeoX, abstract_model
-from neox_jax.tree import map_named, named_leaves
+from neox_jax.train_state import pure_params
+from neox_jax.tree import join, map_named, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,6 @@ class Adapter:
     base: Base
     place: str
     files: tuple[Path, ...] = ()
-
-
-def absolute_source(source: str) -> str:
-    """A SOURCE that another working directory finds too."""
-    path, at, step = source.rpartition("@") if "@" in source else (source, "", "")
-    return f"{os.path.abspath(path)}{at}{step}" if Path(path).exists() else source
 
 
 def about_adapter(lora: LoraConfig, base: Base) -> dict:
@@ -90,26 +84,41 @@ def check_base(adapter: Adapter, stored: StoredModel) -> None:
         )
 
 
+def check_same(adapter: Adapter, lora: LoraConfig) -> None:
+    """Raises: InputError where a run of `lora` cannot go on with these adapters."""
+    there, wanted = ({**dataclasses.asdict(one), "targets": sorted(one.targets)} for one in (adapter.lora, lora))
+    fields = ("rank", "alpha", "targets", "rslora")
+    differing = [f"{name} {there[name]!r}, not {wanted[name]!r}" for name in fields if there[name] != wanted[name]]
+    if differing:
+        raise InputError(f"the adapters in {adapter.place} have {'; '.join(differing)}; set lora to what they have")
+
+
 def attach(model: NeoX, adapter: Adapter) -> NeoX:
     """The model with these adapters, in its own dtype and on its mesh. Raises: InputError where they do not fit it."""
     lora = dataclasses.replace(adapter.lora, dropout=0.0, quantize=model.quantization)
     dtype = model.embed_in.embedding.dtype
     _check_shapes(adapter, model.config)
     target = abstract_model(model.config, dtype=dtype, mesh=model.mesh, quantization=model.quantization, lora=lora)
-    there, rows = named_leaves(model), {row.name: row for row in _rows(lora)}
+    graphdef, _ = nnx.split(target)
+    factors, weights = split_adapters(pure_params(target))
+    there = named_leaves(model)
+    weights = map_named(lambda name, _: there[name], weights)
+    return nnx.merge(graphdef, join(weights, place_factors(adapter, factors)))
+
+
+def place_factors(adapter: Adapter, abstract: dict) -> dict:
+    """The factors, stacked in our layout, as a tree like this one of ShapeDtypeStructs, on its shardings if any."""
+    rows = {row.name: row for row in _rows(adapter.lora)}
 
     def place(name: str, leaf):
-        if not is_factor(name):
-            return there[name]
         row, shape = rows[name], leaf.shape[1:]
         layers = (adapter.factors[row.hf_name(layer)] for layer in row.layers(leaf.shape))
-        stacked = np.stack([names.from_stored(factor, row.dims, shape) for factor in layers]).astype(dtype)
-        if model.mesh is None:
+        stacked = np.stack([names.from_stored(factor, row.dims, shape) for factor in layers]).astype(leaf.dtype)
+        if leaf.sharding is None:
             return jax.device_put(stacked)
         return jax.make_array_from_callback(stacked.shape, leaf.sharding, lambda index: stacked[index])
 
-    graphdef, _ = nnx.split(target)
-    return nnx.merge(graphdef, nnx.state(map_named(place, target)))
+    return map_named(place, abstract)
 
 
 def merge(stored: StoredModel, adapter: Adapter) -> StoredModel:

@@ -1,6 +1,7 @@
 """One way in and one way out: a SOURCE is recognised by its content, whatever kind it is."""
 
 import dataclasses
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
+from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps, read_meta
 from neox_jax.checkpoint.sums import find_problems
-from neox_jax.config import check_choice
+from neox_jax.config import ModelConfig, check_choice
 from neox_jax.convert import hf, hub, neox, orbax, peft
 from neox_jax.convert.adapter import (
     Adapter,
@@ -24,7 +25,7 @@ from neox_jax.convert.adapter import (
 from neox_jax.convert.files import is_partial, read_json, written_whole
 from neox_jax.convert.manifest import MANIFEST, Hashing, identify
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
-from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, to_model
+from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, padded_for, to_model
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.quantize import quantize_model
@@ -33,8 +34,8 @@ from neox_jax.tokenizer import Tokenizer
 from neox_jax.tree import num_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
-MODEL_FORMATS = ("hf", "orbax", "neox")
-FORMATS = (*MODEL_FORMATS, "peft")
+FORMATS = ("hf", "orbax", "neox")
+
 _READ = {"hf": hf.read_hf, "neox": neox.read_neox, "orbax": orbax.read_step}
 
 
@@ -46,6 +47,7 @@ def load_model(
     revision: str | None = None,
     quantize: str | None = None,
     adapter: str | Path | None = None,
+    merged: bool = False,
 ) -> NeoX:
     """Loads a model from a SOURCE: a Hugging Face folder or hub id, a NeoX checkpoint (pipeline or sequential layout,
     any tensor parallelism), a run folder (its latest verified step, or `folder@step`), or a folder of one of its steps.
@@ -53,7 +55,7 @@ def load_model(
 
     mesh: ours, or any whose axis names are among ours. dtype: parameters are cast to it once; None keeps what is
     stored. revision: of a hub id. quantize: "int8" for weights in 8 bits (`quantize_model`), which a run may hold
-    already. adapter: a run of adapters or PEFT's folder, to be put on the model.
+    already. adapter: a run of adapters or PEFT's folder, to be put on the model. merged: into its weights.
     Raises: InputError if nothing recognisable is there, or what is there is incomplete, or adapters are of another
     model; never a random model.
     """
@@ -63,12 +65,14 @@ def load_model(
     kind, folder, found = _open(source, revision=revision, adapter=adapter)
     if found is not None and found.base.sha256 is not None:
         check_base(found, _READ[kind](folder))
-    if kind == "orbax":
+    if merged and found is not None:
+        model = to_model(merge(_READ[kind](folder), found).cast(dtype), mesh=mesh)
+    elif kind == "orbax":
         model = orbax.load_step(folder, mesh=mesh, dtype=dtype)
     else:
         model = to_model(_READ[kind](folder).cast(dtype), mesh=mesh)
     model = model if quantize is None else quantize_model(model, quantize)
-    return model if found is None else attach(model, found)
+    return model if merged or found is None else attach(model, found)
 
 
 def open_source(source: str | Path, *, revision: str | None = None, adapter: str | Path | None = None) -> StoredModel:
@@ -82,6 +86,22 @@ def open_source(source: str | Path, *, revision: str | None = None, adapter: str
         return stored
     check_base(found, stored)
     return merge(stored, found)
+
+
+def config_of(source: str | Path, *, mesh=None) -> ModelConfig:
+    """The model of a SOURCE as `load_model` makes it on the mesh. Raises: as `load_model`."""
+    kind, folder, found = _open(source, revision=None, adapter=None)
+    if kind == "orbax" and found is None:
+        return read_meta(folder)[0]
+    return padded_for(_READ[kind](folder).config, mesh)
+
+
+def open_base(source: str | Path) -> tuple[str, Adapter | None]:
+    """What a SOURCE is without the adapters that it may have, as a SOURCE, and those. Raises: as `load_model`."""
+    _, folder, found = _open(source, revision=None, adapter=None)
+    if found is not None:
+        return found.base.source, found
+    return (str(source) if not Path(source).exists() else os.path.abspath(folder)), None
 
 
 def identify_source(source: str | Path) -> str:
@@ -162,7 +182,7 @@ def save_model(
     Raises: InputError for another format, a folder that is there already and not empty, or where there is no room.
     """
     tokenizer_json = None if tokenizer is None else tokenizer.to_json()
-    check_choice("format", format, FORMATS)
+    check_choice("format", format, (*FORMATS, "peft"))
     if format == "peft":
         peft.save_peft(adapter_of(model), path)
         return
@@ -199,7 +219,7 @@ def convert(
     notes are for the user.
     Raises: as `load_model` and `save_model`.
     """
-    check_choice("format", format, MODEL_FORMATS)
+    check_choice("format", format, FORMATS)
     stored = open_source(source, revision=revision, adapter=adapter).cast(dtype)
     with Hashing(stored) as hashing:
         if format == "hf":

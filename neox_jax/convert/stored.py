@@ -210,11 +210,7 @@ def to_model(stored: StoredModel, *, mesh=None) -> NeoX:
     Where vocab_size does not divide over the mesh the tables get rows of zeros behind it (config.vocab_multiple), which
     take part in nothing. stored: after `cast`.
     """
-    config, dtype = stored.config, stored.dtype
-    if mesh is not None:
-        parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES["vocab"])
-        if config.vocab_size % parts:
-            config = dataclasses.replace(config, vocab_multiple=parts)
+    config, dtype = padded_for(stored.config, mesh), stored.dtype
 
     def read(name, leaf):
         row = names.BY_NAME[name]
@@ -231,6 +227,12 @@ def to_model(stored: StoredModel, *, mesh=None) -> NeoX:
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, once, dtype=dtype)
 
     return map_named(read, abstract_model(config, dtype=dtype, mesh=mesh))
+
+
+def padded_for(config: ModelConfig, mesh) -> ModelConfig:
+    """The model with tables that divide over the mesh."""
+    parts = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES["vocab"])
+    return dataclasses.replace(config, vocab_multiple=parts) if config.vocab_size % parts else config
 
 
 def _read_part(row: names.Row, tensors: list[StoredTensor], shape, dtype, index: tuple[slice, ...]) -> np.ndarray:
