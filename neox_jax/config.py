@@ -136,12 +136,22 @@ class ModelConfig:
         sees (seq_length + 1) / 2 keys on average, half of what an uncausal count would say.
         """
         d, f = self.hidden_size, self.intermediate_size
-        layer = 2 * (4 * d * d + 2 * d * f) + 2 * 2 * d * (seq_length + 1) // 2
+        layer = 2 * (4 * d * d + 2 * d * f) + self._attention_flops_per_token(seq_length)
         return self.num_hidden_layers * layer + 2 * d * self.padded_vocab_size
 
-    def training_flops_per_token(self, seq_length: int) -> int:
-        """Three forward passes: the model's own FLOPs, recomputation (remat) not counted."""
-        return 3 * self.forward_flops_per_token(seq_length)
+    def _attention_flops_per_token(self, seq_length: int) -> int:
+        """Of a layer's products without weights."""
+        return 2 * 2 * self.hidden_size * (seq_length + 1) // 2
+
+    def training_flops_per_token(self, seq_length: int, *, adapters: bool = False) -> int:
+        """Three forward passes: the model's own FLOPs, recomputation (remat) not counted.
+
+        adapters: only those are trained, so that weights have no gradients; their own FLOPs are not counted.
+        """
+        forward = self.forward_flops_per_token(seq_length)
+        if adapters:
+            return 2 * forward + self.num_hidden_layers * self._attention_flops_per_token(seq_length)
+        return 3 * forward
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -489,6 +499,11 @@ class Config:
     def adapters(self) -> LoraConfig | None:
         """Of the adapters that are trained, if any are."""
         return self.lora if self.lora.rank else None
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of a training step, recomputation not counted."""
+        return self.model.training_flops_per_token(self.train.seq_length, adapters=self.adapters is not None)
 
     def masks(self, source: Any) -> Masks:
         """Of batches from this source of data."""

@@ -37,9 +37,10 @@ from neox_jax.hlo import (
     shape_bytes,
     trip_count,
 )
+from neox_jax.model import abstract_model
 from neox_jax.optimizer import make_optimizer, make_schedule
 from neox_jax.sharding import make_mesh, named_sharding
-from neox_jax.train_state import abstract_state
+from neox_jax.train_state import abstract_state, pure_params
 from neox_jax.train_step import make_train_step
 
 # --- The chips and their links ----------------------------------------------------------------------------------------
@@ -426,7 +427,7 @@ class Estimate:
     """A training step on a slice, estimated and not measured. Bytes are of one chip; seconds by category add up.
 
     total_bytes: arguments (the state), what is not given back in place, and temporaries. flops: of one chip, by phase,
-    recomputation included. mfu: the model's own FLOPs (`training_flops_per_token`) over step_seconds and the peak.
+    recomputation included. mfu: the model's own FLOPs (`Config.flops_per_token`) over step_seconds and the peak.
     """
 
     topology: str
@@ -461,7 +462,11 @@ def compile_step(config: Config, topology_name: str, compiler_options: dict | No
     topology = tpu_topology(topology_name)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = abstract_state(config.model, optimizer, mesh, dtype=config.train.dtype)
+    lora, dtype = config.adapters, config.train.dtype
+    state = abstract_state(config.model, optimizer, mesh, dtype=dtype, lora=lora)
+    frozen = ()
+    if lora is not None:
+        frozen = (pure_params(abstract_model(config.model, dtype=dtype, mesh=mesh, quantization=lora.quantize)),)
     step = make_train_step(
         config,
         optimizer=optimizer,
@@ -473,7 +478,7 @@ def compile_step(config: Config, topology_name: str, compiler_options: dict | No
     tokens = jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=named_sharding(shape, ("batch", "length"), mesh, "train.batch_size")
     )
-    lowered = step.trace(state, tokens).lower(lowering_platforms=("tpu",))
+    lowered = step.trace(state, tokens, *frozen).lower(lowering_platforms=("tpu",))
     try:
         return lowered.compile(compiler_options=compiler_options), mesh
     except jax.errors.JaxRuntimeError as error:
@@ -497,7 +502,7 @@ def estimate_compiled(compiled, config: Config, topology_name: str, mesh) -> Est
     costs = Accountant(parse_hlo(text), mesh, num_layers=config.model.num_hidden_layers).run()
     memory = compiled.memory_analysis()
     tokens = config.train.batch_size * config.train.seq_length
-    flops = config.model.training_flops_per_token(config.train.seq_length) * tokens
+    flops = config.flops_per_token * tokens
     given_back = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Estimate(
         topology=topology_name,

@@ -22,7 +22,7 @@ class Meter:
         # Fake CPU devices share one processor, so a host's CPU counts once however many it plays.
         num_devices = len(set(hosts)) if device.platform == "cpu" else mesh.size
         self._tokens_per_step = train.batch_size * train.seq_length
-        self._flops_per_token = config.model.training_flops_per_token(train.seq_length)
+        self._flops_per_token = config.flops_per_token
         self._peak_flops = peak * num_devices
         self._skipped = skipped
         self.restart()
