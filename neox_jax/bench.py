@@ -1,5 +1,6 @@
 """Measures one thing at a time: a training step, decoding, or prefill. Seconds are medians of the timed repetitions."""
 
+import dataclasses
 import statistics
 import time
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neox_jax.config import Config, ModelConfig, TrainConfig
+from neox_jax.config import Config, LoraConfig, ModelConfig, TrainConfig
 from neox_jax.convert.source import load_model
 from neox_jax.engine import Engine
 from neox_jax.errors import InputError
@@ -41,29 +42,36 @@ def bench_train(model: NeoX, *, batch_size: int, seq_length: int, dtype: str, st
     return _compute_bound(seconds, batch_size * seq_length, flops, dtype)
 
 
-def bench_step(model: NeoX, tokens: jax.Array, *, dtype: str, **options):
+def bench_step(model: NeoX, tokens: jax.Array, *, dtype: str, lora: LoraConfig | None = None, **options):
     """A function that runs one training step on tokens [B, T + 1] each time it is called, and waits for it.
 
-    options: more fields of TrainConfig, as remat and attention. The model's arrays may be given up once it is made.
+    lora: trains adapters over the model as it is. options: more fields of TrainConfig, as remat and attention. The
+    model's arrays may be given up once it is made, but for adapters.
     """
     shape = {"batch_size": tokens.shape[0], "seq_length": tokens.shape[1] - 1}
     train = TrainConfig(steps=10**6, dtype=dtype, **shape, **options)
     config = Config(model=model.config, train=train)
+    if lora is not None:
+        config = dataclasses.replace(config, init_from="the model", lora=lora)
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, train.steps)
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), pure_params(model))
-    state = init_state(config.model, optimizer, mesh, seed=0, params=params, dtype=dtype)
+    if lora is None:
+        params, frozen = jax.tree.map(lambda x: x.astype(jnp.float32), pure_params(model)), ()
+    else:
+        params, frozen = None, (pure_params(model),)
+    kind = {"dtype": dtype, "lora": lora}
+    state = init_state(config.model, optimizer, mesh, seed=0, params=params, **kind)
     step = make_train_step(
         config,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, train.steps),
         mesh=mesh,
-        state_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(config.model, optimizer, mesh, dtype=dtype)),
+        state_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(config.model, optimizer, mesh, **kind)),
     )
 
     def run():
         nonlocal state
-        state, metrics = step(state, tokens)
+        state, metrics = step(state, tokens, *frozen)
         jax.block_until_ready((state, metrics))
 
     return run

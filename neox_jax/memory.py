@@ -40,10 +40,10 @@ class Memory:
         self.check()
 
     def describe(self) -> str:
-        """ "parameters 1.2 GiB, optimizer 2.4 GiB, ...: 5.1 of 16.0 GiB"."""
-        parts = ", ".join(f"{name} {size / GIB:.3g} GiB" for name, size in self.parts.items())
-        there = "" if self.limit is None else f" of {self.limit / GIB:.3g}"
-        return f"{parts}: {sum(self.parts.values()) / GIB:.3g}{there} GiB"
+        """ "parameters 1.2 GiB, optimizer 2.4 GiB, ...: 5.1 GiB of 16 GiB"."""
+        parts = ", ".join(f"{name} {_text(size)}" for name, size in self.parts.items())
+        there = "" if self.limit is None else f" of {_text(self.limit)}"
+        return f"{parts}: {_text(sum(self.parts.values()))}{there}"
 
 
 _ADVICE = "lower train.batch_size or raise train.microbatches, set train.remat to full, or use more devices (mesh.fsdp)"
@@ -58,6 +58,10 @@ def device_memory(device) -> int | None:
         return stats["bytes_limit"]
     chip = find_chip(device.device_kind)
     return None if chip is None else int(chip.memory_bytes)
+
+
+def _text(size: float) -> str:
+    return f"{size / GIB:.3g} GiB" if size >= GIB else f"{size / 2**20:.3g} MiB"
 
 
 def _bytes(tree) -> int:

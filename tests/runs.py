@@ -1,5 +1,6 @@
 """Small runs in real folders and real processes, for the tests that need them."""
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from neox_jax.checkpoint.digest import digest_step
-from neox_jax.config import SECTIONS, Config, MeshConfig, ModelConfig
+from neox_jax.config import SECTIONS, Config, LoraConfig, MeshConfig, ModelConfig
+from neox_jax.convert.source import save_model
 from neox_jax.data.megatron import IndexedDatasetWriter
 from neox_jax.metrics import read_metrics
-from neox_jax.tokenizer import train_tokenizer
+from neox_jax.model import init_model
+from neox_jax.tokenizer import Tokenizer, train_tokenizer
 
 TINY = ModelConfig.preset("tiny")
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,18 @@ def make_config(folder: Path, *, mesh=None, model=TINY, **sections) -> Config:
         if name in defaults
     }
     return Config(model=model, mesh=MeshConfig(**(mesh or {})), **made)
+
+
+def save_base(data: Path, folder: Path) -> Path:
+    """A Hugging Face folder of a small random model, with the tokenizer of the data."""
+    save_model(init_model(TINY, seed=3), folder, tokenizer=Tokenizer.from_file(data / "tokenizer.json"))
+    return folder
+
+
+def with_adapters(data: Path, base: Path, *, lora: dict, mesh=None, **sections) -> Config:
+    """A run of adapters (or, of rank 0, of all weights) over a base."""
+    config = make_config(data, mesh=mesh, **sections)
+    return dataclasses.replace(config, init_from=str(base), lora=LoraConfig(**lora))
 
 
 def params_digest(folder: Path, step: int) -> str:

@@ -1,258 +1,57 @@
-"""Adapters: PEFT's numbers in training and out of its files, on any mesh, over 8 bits, merged, restored, refused."""
+"""Adapters in training: on any mesh, over 8 bits, restored, refused; and what a run says that it needs of memory."""
 
 import dataclasses
 import json
-import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import TINY, losses_of, make_config, params_digest
+from runs import TINY, losses_of, make_config, params_digest, save_base, with_adapters
 
 import neox_jax
+from neox_jax import memory
 from neox_jax.checkpoint.digest import digest_step
 from neox_jax.checkpoint.streamed import read_leaves
-from neox_jax.cli import main
 from neox_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
-from neox_jax.convert.peft import read_peft, save_peft
-from neox_jax.convert.source import convert, open_adapter
 from neox_jax.errors import InputError
 from neox_jax.lora import split_adapters
 from neox_jax.model import init_model
-from neox_jax.quantize import quantize_model
-from neox_jax.tokenizer import Tokenizer
 from neox_jax.train import Run, train
 from neox_jax.train_state import pure_params
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 ALL = {"rank": 4, "alpha": 16, "targets": LORA_TARGETS}
-KINDS = {"default": {}, "all": {"target_modules": list(LORA_TARGETS)}, "rslora": {"use_rslora": True, "r": 6}}
 
 
 @pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
-    """A Hugging Face folder of a small model, with the tokenizer of the data."""
-    folder = tmp_path_factory.mktemp("base") / "hf"
-    neox_jax.save_model(init_model(TINY, seed=3), folder, tokenizer=Tokenizer.from_file(data / "tokenizer.json"))
-    return folder
-
-
-def torch_model(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-def make_peft(base, folder, **fields):
-    """PEFT's own folder of random adapters over the base, and its model."""
-    torch.manual_seed(0)
-    options = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, "task_type": "CAUSAL_LM", **fields}
-    options.setdefault("target_modules", ["query_key_value"])
-    model = peft.get_peft_model(torch_model(base), peft.LoraConfig(**options))
-    with torch.no_grad():  # weights as large as trained ones
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.mul_(0.3)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    """Folders of PEFT's by kind, each with its model."""
-    folder = tmp_path_factory.mktemp("peft")
-    return {kind: (folder / kind, make_peft(base, folder / kind, **fields)) for kind, fields in KINDS.items()}
-
-
-def some_tokens(shape=(2, 24)):
-    return np.random.default_rng(1).integers(0, TINY.vocab_size, shape)
-
-
-def logits_of(model, tokens):
-    if not isinstance(model, torch.nn.Module):
-        return np.asarray(model(jnp.asarray(tokens)))
-    with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.numpy()
-
-
-def configured(data, base, *, lora, mesh=None, **sections):
-    defaults = {"optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 1}}
-    config = make_config(data, mesh=mesh, **{**defaults, **sections})
-    return dataclasses.replace(config, init_from=str(base), lora=LoraConfig(**lora))
+    return save_base(data, tmp_path_factory.mktemp("base") / "hf")
 
 
 def run(config, folder):
-    return train(config, folder, devices=jax.devices()[: math.prod(max(1, n) for n in mesh_sizes(config))])
+    sizes = dataclasses.asdict(config.mesh).values()
+    return train(config, folder, devices=jax.devices()[: int(np.prod([max(1, size) for size in sizes]))])
 
 
-def mesh_sizes(config):
-    return dataclasses.asdict(config.mesh).values()
-
-
-# ---- PEFT
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pefts_adapters_here_give_its_logits(base, adapters, kind):
-    folder, theirs = adapters[kind]
-    tokens = some_tokens()
-    ours = neox_jax.load_model(base, adapter=folder)
-    wanted = logits_of(theirs, tokens)
-    assert np.abs(wanted - logits_of(torch_model(base), tokens)).max() > 0.1, "adapters that do nothing show nothing"
-    np.testing.assert_allclose(logits_of(ours, tokens), wanted, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(
-        logits_of(neox_jax.load_model(folder), tokens), wanted, atol=1e-5, rtol=0
-    )  # names its base
-
-
-def test_a_torch_file_of_adapters(base, adapters, tmp_path):
-    folder, theirs = adapters["all"]
-    (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
-    torch.save(peft.get_peft_model_state_dict(theirs), tmp_path / "adapter_model.bin")
-    found, wanted = read_peft(tmp_path), read_peft(folder)
-    assert found.lora == wanted.lora
-    assert found.factors.keys() == wanted.factors.keys()
-    assert all(np.array_equal(found.factors[name], wanted.factors[name]) for name in wanted.factors)
-
-
-def test_twenty_steps_are_pefts(data, base, tmp_path):
-    """The same start (a file of PEFT's), batches and optimizer: the same losses, and the same adapters at the end."""
-    model = make_peft(base, tmp_path / "start", target_modules=list(LORA_TARGETS))
-    steps, rate = 20, 3e-3
-    config = configured(
-        data,
-        tmp_path / "start",
-        lora=ALL,
-        train={"steps": steps, "batch_size": 4, "seq_length": 32},
-        optimizer={"learning_rate": rate, "schedule": "constant", "warmup_steps": 0},
-        checkpoint={"every": 0},
-    )
-    run(config, tmp_path / "run")
-    loader = Run(config, tmp_path / "other", jax.devices()[:1]).train_loader
-    batches = [torch.tensor(np.asarray(loader.host_batch(i)).astype(np.int64)) for i in range(steps)]
-
-    options = config.optimizer
-    trained = [p for name, p in model.named_parameters() if "lora_" in name]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        trained, lr=rate, betas=(options.b1, options.b2), eps=options.eps, weight_decay=options.weight_decay
-    )
-    losses = []
-    for batch in batches:
-        logits = model(batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-        optimizer.step()
-        losses.append(loss.item())
-    assert max(losses) - min(losses) > 0.2, "nothing was learnt"
-    np.testing.assert_allclose(losses_of(tmp_path / "run"), losses, atol=1e-4, rtol=0)
-    tokens = some_tokens()
-    np.testing.assert_allclose(
-        logits_of(neox_jax.load_model(tmp_path / "run"), tokens), logits_of(model, tokens), atol=2e-3, rtol=0
-    )
-
-
-def test_our_adapters_there_give_our_logits(data, base, tmp_path):
-    run(configured(data, base, lora={**ALL, "rslora": True}), tmp_path / "run")
-    save_peft(open_adapter(tmp_path / "run"), tmp_path / "peft")
-    tokens = some_tokens()
-    ours = neox_jax.load_model(tmp_path / "run")
-    theirs = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
-    wanted = logits_of(ours, tokens)
-    assert np.abs(wanted - logits_of(torch_model(base), tokens)).max() > 0.05
-    np.testing.assert_allclose(logits_of(theirs, tokens), wanted, atol=1e-5, rtol=0)
-    again = neox_jax.load_model(base, adapter=tmp_path / "peft")
-    assert np.array_equal(logits_of(again, tokens), wanted)
-
-    convert(tmp_path / "run", tmp_path / "merged", format="hf")
-    np.testing.assert_allclose(logits_of(neox_jax.load_model(tmp_path / "merged"), tokens), wanted, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(logits_of(torch_model(tmp_path / "merged"), tokens), wanted, atol=1e-4, rtol=0)
-    neox_jax.save_model(ours, tmp_path / "saved")  # merges too
-    assert (tmp_path / "saved/model.safetensors").read_bytes() == (tmp_path / "merged/model.safetensors").read_bytes()
-    neox_jax.save_model(ours, tmp_path / "saved_peft", format="peft")
-    files = [tmp_path / name / "adapter_model.safetensors" for name in ("saved_peft", "peft")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    merged = neox_jax.load_model(tmp_path / "run", merged=True)
-    assert merged.lora is None
-    np.testing.assert_allclose(logits_of(merged, tokens), wanted, atol=1e-4, rtol=0)
-
-
-def change(folder, tmp_path, **fields):
-    """A copy of an adapter's folder with other fields in its configuration."""
-    values = json.loads((folder / "adapter_config.json").read_text()) | fields
-    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
-    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"use_dora": True}, "use_dora True"),
-        ({"bias": "all"}, "bias 'all'"),
-        ({"modules_to_save": ["embed_out"]}, "modules_to_save"),
-        ({"rank_pattern": {"dense": 2}}, "rank_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"something_new": 3}, "something_new 3"),
-        ({"r": 5}, "rank 4, and adapter_config.json says r 5"),
-        ({"lora_alpha": "x"}, "lora.alpha is 'x'"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_name(adapters, tmp_path, fields, named):
-    with pytest.raises(InputError) as error:
-        read_peft(change(adapters["default"][0], tmp_path, **fields))
-    assert named in str(error.value)
-
-
-def test_wrong_weights_of_adapters_are_refused(base, adapters, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    def refused(change_tensors) -> str:
-        folder = change(adapters["default"][0], tmp_path)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        change_tensors(tensors)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        with pytest.raises(InputError) as error:
-            neox_jax.load_model(base, adapter=folder)
-        return str(error.value)
-
-    name = "base_model.model.gpt_neox.layers.{}.attention.query_key_value.lora_A.weight"
-    assert "lora_A of query_key_value is missing in layers 2" in refused(lambda t: t.pop(name.format(2)))
-    other = {"base_model.model.embed_out.lora_A.weight": np.zeros((4, 64), np.float32)}
-    assert "embed_out" in refused(lambda t: t.update(other))
-    assert "ranks 3, 4" in refused(lambda t: t.update({name.format(1): np.zeros((3, 64), np.float32)}))
-    wide = refused(lambda t: t.update({name.format(1): np.zeros((4, 65), np.float32)}))
-    assert "[4, 65], wanted [4, 64]" in wide
-    bigger = init_model(dataclasses.replace(TINY, num_hidden_layers=5))
-    neox_jax.save_model(bigger, tmp_path / "bigger")
-    with pytest.raises(InputError, match="layers.4.attention.query_key_value.lora_A.weight is missing"):
-        neox_jax.load_model(tmp_path / "bigger", adapter=adapters["default"][0])
-
-
-# ---- the run
+def some_logits(model):
+    tokens = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 24))
+    return np.asarray(model(jnp.asarray(tokens)))
 
 
 def test_at_first_it_is_the_model_itself(data, base, tmp_path):
-    config = configured(data, base, lora=ALL, checkpoint={"steps": (0,)})
+    config = with_adapters(data, base, lora=ALL, checkpoint={"steps": (0,)})
     begun = Run(config, tmp_path / "run", jax.devices()[:1])
     checkpoints = begun.open_checkpoints()
     checkpoints.save(0, begun.init_state(), begun.config.model, force=True)
     begun.write_files()
-    tokens = some_tokens()
     model = neox_jax.load_model(tmp_path / "run")
     assert model.lora is not None
-    assert np.array_equal(logits_of(model, tokens), logits_of(neox_jax.load_model(base), tokens))
+    assert np.array_equal(some_logits(model), some_logits(neox_jax.load_model(base)))
 
 
 def test_only_adapters_have_gradients_moments_and_a_checkpoint(data, base, tmp_path):
-    run(configured(data, base, lora={"rank": 2}), tmp_path / "run")
+    run(with_adapters(data, base, lora={"rank": 2}), tmp_path / "run")
     step = tmp_path / "run/checkpoints/4"
     names = {"layers.attention.query_key_value.lora.a", "layers.attention.query_key_value.lora.b"}
     assert set(read_leaves(step / "params")) == names
@@ -283,7 +82,7 @@ def on_one_device(data, base, tmp_path_factory):
 
 def mesh_config(data, base, quantize, mesh):
     train = {"steps": 4, "batch_size": 8, "seq_length": 32, "microbatches": 2}
-    return configured(data, base, lora={**ALL, "quantize": quantize}, mesh=mesh, train=train)
+    return with_adapters(data, base, lora={**ALL, "quantize": quantize}, mesh=mesh, train=train)
 
 
 @pytest.mark.parametrize(("mesh", "quantize"), [*((mesh, "") for mesh in MESHES), ("pipe, model", "int8")])
@@ -298,14 +97,15 @@ def test_dropout_is_drawn_anew_and_only_while_training(data, base, tmp_path):
     train = {"steps": 4, "batch_size": 8, "seq_length": 32, "microbatches": 2}
     sections = {"train": train}
     for name, lora in (("with", {**ALL, "dropout": 0.5}), ("without", ALL)):
-        run(configured(data, base, lora=lora, **sections), tmp_path / name)
+        run(with_adapters(data, base, lora=lora, **sections), tmp_path / name)
     assert losses_of(tmp_path / "with")[0] == losses_of(tmp_path / "without")[0]  # B is zero at first
     assert losses_of(tmp_path / "with")[2] != losses_of(tmp_path / "without")[2]
     model = neox_jax.load_model(tmp_path / "with")
-    tokens = some_tokens()
-    assert np.array_equal(logits_of(model, tokens), logits_of(model, tokens))
+    assert np.array_equal(some_logits(model), some_logits(model))
 
-    begun = Run(configured(data, base, lora={**ALL, "dropout": 0.5}, **sections), tmp_path / "again", jax.devices()[:1])
+    begun = Run(
+        with_adapters(data, base, lora={**ALL, "dropout": 0.5}, **sections), tmp_path / "again", jax.devices()[:1]
+    )
     step, rows = begun.compile_step(), begun.train_loader.host_batch(0)
     # Of a state whose B is not zero, the same batch at two steps.
     state = begun.init_state()
@@ -319,7 +119,7 @@ def test_dropout_is_drawn_anew_and_only_while_training(data, base, tmp_path):
 
 @pytest.mark.parametrize("lora", [{**ALL, "dropout": 0.2}, {"rank": 2, "quantize": "int8"}])
 def test_resumed_bitwise(data, base, tmp_path, lora):
-    config = configured(data, base, lora=lora)
+    config = with_adapters(data, base, lora=lora)
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     constant = {"schedule": "constant", "warmup_steps": 0}
     config, half = (
@@ -333,7 +133,7 @@ def test_resumed_bitwise(data, base, tmp_path, lora):
 
 
 def test_another_base_is_refused(data, base, tmp_path):
-    config = configured(data, base, lora=ALL)
+    config = with_adapters(data, base, lora=ALL)
     run(config, tmp_path / "run")
     neox_jax.save_model(init_model(TINY, seed=4), tmp_path / "other")
     other = dataclasses.replace(
@@ -350,13 +150,13 @@ def test_another_base_is_refused(data, base, tmp_path):
 
 def test_a_run_over_other_adapters(data, base, tmp_path):
     """From adapters full training goes on with the merged weights, and adapters only with the same fields."""
-    run(configured(data, base, lora=ALL), tmp_path / "run")
+    run(with_adapters(data, base, lora=ALL), tmp_path / "run")
     with pytest.raises(InputError, match="rank 4, not 8"):
-        run(configured(data, tmp_path / "run", lora={**ALL, "rank": 8}), tmp_path / "next")
-    begun = Run(configured(data, tmp_path / "run", lora=ALL), tmp_path / "next", jax.devices()[:1])
+        run(with_adapters(data, tmp_path / "run", lora={**ALL, "rank": 8}), tmp_path / "next")
+    begun = Run(with_adapters(data, tmp_path / "run", lora=ALL), tmp_path / "next", jax.devices()[:1])
     factors, _ = split_adapters(pure_params(neox_jax.load_model(tmp_path / "run")))
     assert jax.tree.all(jax.tree.map(np.array_equal, begun.init_state().params, factors))
-    whole = Run(configured(data, tmp_path / "run", lora={}), tmp_path / "whole", jax.devices()[:1])
+    whole = Run(with_adapters(data, tmp_path / "run", lora={}), tmp_path / "whole", jax.devices()[:1])
     merged = pure_params(neox_jax.load_model(tmp_path / "run", merged=True))
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.init_state().params, merged))
 
@@ -385,7 +185,28 @@ def test_fields_that_do_not_go_together(data):
         dataclasses.replace(make_config(data), lora=LoraConfig(quantize="int8"))
 
 
-# ---- 8 bits
+def test_what_a_run_needs_of_memory_is_said_and_must_be_there(data, base, tmp_path, capsys, monkeypatch):
+    config = with_adapters(data, base, lora=ALL)
+    run(config, tmp_path / "run")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory of a device")]
+    sizes = r"parameters [\d.]+ MiB, adapters [\d.]+ MiB, optimizer [\d.]+ MiB, gradients, activations and the rest "
+    assert re.search(sizes + r"[\d.]+ MiB: [\d.]+ MiB of [\d.]+ [GM]iB$", line)
+
+    begun = Run(config, tmp_path / "next", jax.devices()[:1])
+    held = begun.memory.parts
+    assert held["parameters"] == 4 * TINY.num_parameters
+    factors = sum(leaf.size for leaf in jax.tree.leaves(begun.init_state().params))
+    assert held["adapters"] == 4 * factors
+    assert 2 * held["adapters"] <= held["optimizer"] < 2 * held["adapters"] + 100
+    split = Run(with_adapters(data, base, lora=ALL, mesh={"fsdp": 2, "model": 2}), tmp_path / "next", jax.devices()[:4])
+    assert held["parameters"] / 4 < split.memory.parts["parameters"] < held["parameters"] / 3
+
+    enough = sum(held.values())
+    for limit in (enough - 1, enough + 1):  # too little for the state, or for a step
+        monkeypatch.setattr(memory, "device_memory", lambda device, limit=limit: limit)
+        with pytest.raises(InputError, match="does not fit a device: parameters .* lower train.batch_size"):
+            run(config, tmp_path / "refused")
+        assert not (tmp_path / "refused/checkpoints/2").exists()
 
 
 def test_weights_in_8_bits_are_never_dequantized_as_a_whole(data, tmp_path):
@@ -396,7 +217,7 @@ def test_weights_in_8_bits_are_never_dequantized_as_a_whole(data, tmp_path):
     neox_jax.save_model(init_model(wide), tmp_path / "base")
     sizes = {}
     for quantize in ("", "int8"):
-        config = configured(
+        config = with_adapters(
             data,
             tmp_path / "base",
             lora={**ALL, "quantize": quantize},
@@ -417,52 +238,3 @@ def test_weights_in_8_bits_are_never_dequantized_as_a_whole(data, tmp_path):
     assert sizes["int8"].temp_size_in_bytes < floats / 4
     saved = sizes[""].argument_size_in_bytes - sizes["int8"].argument_size_in_bytes
     assert saved > 0.7 * floats
-
-
-def test_adapters_over_8_bits(base, adapters, tmp_path):
-    folder, theirs = adapters["all"]
-    tokens = some_tokens()
-    model = neox_jax.load_model(base, adapter=folder, quantize="int8")
-    assert model.quantization == "int8"
-    wanted = logits_of(theirs, tokens)
-    assert np.abs(logits_of(model, tokens) - wanted).mean() < 0.02 * np.abs(wanted).mean()
-    again = quantize_model(neox_jax.load_model(base, adapter=folder), "int8")
-    assert np.array_equal(logits_of(again, tokens), logits_of(model, tokens))
-    with pytest.raises(InputError, match="cannot be merged"):
-        neox_jax.save_model(model, tmp_path / "merged")
-
-
-# ---- the command line
-
-
-def test_the_verbs_take_adapters(base, adapters, tmp_path, capsys):
-    folder, _ = adapters["all"]
-    prompt = ["--prompt", "def f(", "--temperature", "0", "--max-new-tokens", "12"]
-    assert main(["convert", str(base), str(tmp_path / "merged"), "--to", "hf", "--adapter", str(folder)]) == 0
-    assert "are merged into the weights" in capsys.readouterr().out
-    texts = []
-    for source in (["--model", str(base), "--adapter", str(folder)], ["--model", str(tmp_path / "merged")]):
-        assert main(["generate", *source, *prompt]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
-    assert main(["generate", "--model", str(base), *prompt]) == 0
-    assert capsys.readouterr().out != texts[0]
-
-    text = tmp_path / "text.txt"
-    text.write_text("def g(x):\n    return x\n" * 9)
-    scores = []
-    for source in (["--model", str(base), "--adapter", str(folder)], ["--model", str(tmp_path / "merged")]):
-        assert main(["eval", *source, "--text", str(text), "--json"]) == 0
-        scores.append(json.loads(capsys.readouterr().out)["nats_per_token"])
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-
-    assert main(["convert", str(folder), str(tmp_path / "copy"), "--to", "peft"]) == 0
-    assert "parameters of adapters" in capsys.readouterr().out
-    assert read_peft(tmp_path / "copy").factors.keys() == read_peft(folder).factors.keys()
-    for wrong, message in (
-        (["convert", str(base), str(tmp_path / "x"), "--to", "peft"], "holds a model, and no adapters"),
-        (["generate", "--model", str(folder), "--adapter", str(folder), *prompt], "has adapters already"),
-        (["generate", "--model", str(base), "--adapter", str(tmp_path), *prompt], "is no model"),
-    ):
-        assert main(wrong) == 65
-        assert message in capsys.readouterr().err
