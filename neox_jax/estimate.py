@@ -3,6 +3,7 @@
 Memory is the compiler's own allocation. Seconds come from the optimised HLO, an instruction at a time:
   what the compiler costs (`estimated_cycles`): cycles over the chip's clock, times the trip counts of the loops around;
   Pallas kernels, which carry no estimate: FLOPs of the blocks they visit, at KERNEL_EFFICIENCY of the peak;
+  matrix products that carry none, as those with weights in 8 bits: FLOPs at MATMUL_EFFICIENCY of it;
   collectives, which carry none either: bytes over those links of the torus that the compiler says it uses
     (`chosen_rings`, `collective_seconds`), without latency and contention, so a lower bound;
   what else moves bytes and carries none: bytes read and written over the memory's bandwidth.
@@ -69,6 +70,7 @@ INTERCONNECTS = {
 }
 # Of the peak, by phase: a splash kernel's softmax runs beside the matrix units, not in them. A fixed convention.
 KERNEL_EFFICIENCY = {"forward": 0.5, "recomputed": 0.5, "backward": 0.4}
+MATMUL_EFFICIENCY = 0.9  # of products that carry no estimate: somewhat below what the others' come to
 
 
 def tpu_topology(name: str):
@@ -361,11 +363,14 @@ class Accountant:
             )
         name = category(self.module, instruction)
         if name.startswith("matmul"):
-            self.costs.flops[name] += times * sum(
+            flops = sum(
                 matmul_flops(inner, scope)
                 for inner, scope in self.module.within(instruction, names)
                 if inner.opcode in ("convolution", "dot")
             )
+            self.costs.flops[name] += times * flops
+            if instruction.cycles is None:  # of products with 8 bits the compiler does not say
+                return self._add(name, flops / self.chip.bf16_flops / MATMUL_EFFICIENCY, times, instruction)
         if instruction.cycles is not None:
             return self._add(name, instruction.cycles / self.interconnect.clock, times, instruction)
         if instruction.opcode == "custom-call":  # markers and allocations

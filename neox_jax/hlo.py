@@ -10,6 +10,7 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 CALLED = re.compile(r"\b(calls|body|condition|to_apply)=%([\w.-]+)")
+UNKNOWN_CYCLES = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's estimate for running it once, on one core or on a chip's two together."""
+        """The compiler's estimate for running it once, on one core or on a chip's two together; None where it has
+        none, which it also says by the largest number there is."""
         found = re.search(r'"estimated_cycles":"(-?\d+)"', self.attributes)
-        return max(0, int(found[1])) if found else None
+        return max(0, int(found[1])) if found and int(found[1]) < UNKNOWN_CYCLES else None
 
     @functools.cached_property
     def op_name(self) -> str:
