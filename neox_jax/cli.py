@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json-key", default="text", metavar="KEY", help="where a jsonl line has its text (default: text)")
 
     add = verb("corpus", _corpus, "Collect a text corpus that every machine has: Python's own library.").add_argument
-    add("folder", metavar="DIR", help="writes train.jsonl, heldout.jsonl and heldout.txt")
+    add("folder", metavar="DIR", help="writes train.jsonl, heldout.jsonl, heldout.txt, instructions*.jsonl")
 
     shown = verb("data", _data, "Show the batch of a training step, or find the steps that had a text.")
     kinds = shown.add_subparsers(dest="what", metavar="batch|find", required=True)
@@ -694,7 +694,8 @@ def _corpus(args) -> int:
     summary = collect_standard_library(args.folder)
     print(
         f"{summary.train_documents:,} documents ({summary.train_bytes / 1e6:.1f} MB) to train on, "
-        f"{summary.heldout_documents:,} ({summary.heldout_bytes / 1e6:.2f} MB) held out, in {args.folder}"
+        f"{summary.heldout_documents:,} ({summary.heldout_bytes / 1e6:.2f} MB) held out, and "
+        f"{summary.train_instructions:,} and {summary.heldout_instructions:,} instructions, in {args.folder}"
     )
     return 0
 

@@ -1,11 +1,14 @@
 """A text corpus that is on every machine: the source and documentation of Python's own standard library."""
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +17,29 @@ from neox_jax.errors import InputError
 # Tests repeat one shape of code thousands of times; the others belong to one machine or to somebody else.
 LEFT_OUT_FOLDERS = ("site-packages", "test", "tests", "idle_test", "_bundled", "__pycache__")
 LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata_")  # how this one interpreter was built
+PROMPT = "### Instruction:\nBegin a function named {name} that takes {arguments}.\n### Response:\n"
+COMPLETION = 'def {name}({arguments}):\n    """{text}"""'
+MAX_DOCSTRING = 120  # characters of a first paragraph: what is longer is seldom one sentence
+_DOCUMENTED = re.compile(
+    r"""^[ \t]*def (\w+)\((.*)\):\n[ \t]+[rR]?(\"{3}|'{3}|"|')((?:.|\n(?![ \t]*\n))+?)(?:\3|\n[ \t]*\n)""", re.MULTILINE
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSummary:
-    """Documents and bytes of UTF-8 text in train.jsonl and heldout.jsonl."""
+    """Documents and bytes of UTF-8 text in train.jsonl and heldout.jsonl, and instructions made of each side."""
 
     train_documents: int
     train_bytes: int
     heldout_documents: int
     heldout_bytes: int
+    train_instructions: int
+    heldout_instructions: int
 
 
 def collect_standard_library(folder: str | Path, *, heldout_fraction: float = 0.05) -> CorpusSummary:
-    """Writes train.jsonl, heldout.jsonl ({"path", "text"} a line) and heldout.txt (its texts end to end) into folder.
+    """Writes train.jsonl, heldout.jsonl ({"path", "text"} a line) and heldout.txt (its texts end to end) into folder,
+    and of their functions instructions.jsonl and instructions_heldout.jsonl ({"prompt", "completion"} a line).
 
     What is in it: every .py file of the running Python's standard library as it stands (code, comments, docstrings),
     and each topic of `help()` (the language reference: pydoc_data) as a document of plain text. What is not: tests,
@@ -38,21 +50,53 @@ def collect_standard_library(folder: str | Path, *, heldout_fraction: float = 0.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    documents, num_bytes = [0, 0], [0, 0]  # train, held out
-    with _written_whole(folder, "train.jsonl", "heldout.jsonl", "heldout.txt") as (train, heldout, heldout_text):
+    documents, num_bytes, num_instructions = [0, 0], [0, 0], [0, 0]  # train, held out
+    names = ("train.jsonl", "heldout.jsonl", "instructions.jsonl", "instructions_heldout.jsonl", "heldout.txt")
+    with _written_whole(folder, *names) as files:
+        texts, instructions, heldout_text = files[:2], files[2:4], files[4]
         for path, text in sorted(_documents(Path(sysconfig.get_path("stdlib")))):
             held = _fraction_of(path) < heldout_fraction
             encoded = text.encode()
             documents[held], num_bytes[held] = documents[held] + 1, num_bytes[held] + len(encoded)
-            (heldout if held else train).write(json.dumps({"path": path, "text": text}).encode() + b"\n")
+            texts[held].write(_line({"path": path, "text": text}))
             if held:
                 heldout_text.write(encoded)
+            for instruction in _instructions(text) if path.endswith(".py") else ():
+                instructions[held].write(_line(instruction))
+                num_instructions[held] += 1
         if not all(documents):
             raise InputError(
                 f"heldout_fraction {heldout_fraction} of {sum(documents)} documents leaves {documents[0]} to train on "
                 f"and {documents[1]} held out; wanted some of both: give a fraction between 0 and 1"
             )
-    return CorpusSummary(documents[0], num_bytes[0], documents[1], num_bytes[1])
+    return CorpusSummary(documents[0], num_bytes[0], documents[1], num_bytes[1], *num_instructions)
+
+
+def _line(value: dict) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _instructions(text: str) -> Iterator[dict]:
+    """To begin each function of a module that says in a sentence what it does, and how it begins there.
+
+    Not those such as __init__, of which every class has another.
+    """
+    for name, arguments, _, docstring in _DOCUMENTED.findall(text):
+        words = {"name": name, "arguments": arguments, "text": " ".join(docstring.split())}
+        completion = COMPLETION.format(**words)
+        if not name.startswith("__") and len(words["text"]) <= MAX_DOCSTRING and _is_python(completion):
+            prompt = PROMPT.format(name=name, arguments=arguments or "nothing")
+            yield {"prompt": prompt, "completion": completion}
+
+
+def _is_python(source: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in strings, which are the library's affair
+        try:
+            ast.parse(source)
+        except SyntaxError:
+            return False
+    return True
 
 
 def _documents(library: Path) -> Iterator[tuple[str, str]]:
