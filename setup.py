@@ -21,7 +21,10 @@ HUB = ["huggingface_hub>=2.4,<3"]
 DATA = ["zstandard>=0.25,<1", "jinja2>=3.1,<4"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10"]
 VIZ = ["tensorboardX>=2.6,<3", "matplotlib>=3.11,<4"]
-EVAL = ["lm_eval>=0.4.13,<0.5"]
+EVAL = [
+    "lm_eval>=0.4.13,<0.5",
+    "pytablewriter>=1,<2",  # older ones lose the heads of lm_eval's table, and make it in forked processes
+]
 TEST = [
     *EVAL,
     *HUB,

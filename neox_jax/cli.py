@@ -18,7 +18,7 @@ import neox_jax
 from neox_jax.disk import read_text
 from neox_jax.errors import InputError, NumbersError
 
-EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN, EXIT_TERMINATED = 65, 70, 75, 143
+EXIT_USAGE, EXIT_BAD_INPUT, EXIT_BAD_NUMBERS, EXIT_START_AGAIN, EXIT_TERMINATED = 2, 65, 70, 75, 143
 MAX_SHARED = 10  # lines of parts that revisions share
 PROGRESS_LINE_SECONDS = 30
 COMPILING = ("train", "generate", "eval", "bench")
@@ -27,6 +27,12 @@ SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalt
 SAMPLING_OPTIONS += ("frequency_penalty", "max_new_tokens", "min_tokens", "stop", "ignore_eos", "seed")
 ENGINE_OPTIONS = ("batch_size", "int8_cache", "num_drafted")
 ADAPTER_HELP = "a run of adapters (lora.rank), or PEFT's folder, for the model"
+SCORING_AXES = ("data", "fsdp", "model")
+TEXT_OPTIONS = ("seq_length", "stride")
+TASKS_OPTIONS = ("num_fewshot", "limit", "include_path", "log_samples", "output", "compare", "steps")
+# What the processes of one evaluation may differ in.
+OWN_OPTIONS = ("coordinator", "num_processes", "process_id", "distributed", "distributed_timeout", "heartbeat_timeout")
+OWN_OPTIONS += ("output", "json", "debug", "run", "overrides")
 SOURCE_HELP = "a Hugging Face folder or hub id, a NeoX checkpoint, or a run folder (its newest step, or FOLDER@STEP)"
 
 
@@ -105,12 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="START:STOP",
         help="trace steps START to STOP - 1, counted from 1 as in metrics.jsonl, into DIR/profile",
     )
-    add("--distributed", choices=("auto", "off"), help="auto: one of the processes of a TPU pod, srun or Open MPI")
-    add("--coordinator", metavar="HOST:PORT", help="one of several processes on plain machines: where process 0 is met")
-    add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    add("--process-id", type=int, metavar="I", help="with --coordinator: which this one is, from 0")
-    add("--distributed-timeout", type=_seconds, default=300, metavar="SECONDS", help="how long others are waited for")
-    add("--heartbeat-timeout", type=_seconds, default=100, metavar="SECONDS", help="a process so long silent is dead")
+    _add_place(add)
 
     add = verb("plot", _plot, "Draw the curves of runs: loss, gradient norm, speed.").add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders, or files as their metrics.jsonl")
@@ -153,16 +154,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", type=_names, metavar="A,B", help="lm_eval's tasks; or card, leaderboard, arithmetic, superglue")
     add("--text", nargs="+", metavar="FILE", help="plain text files: nats per token and bits per byte")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json, where the model has none beside it")
-    add("--seq-length", type=int, default=0, metavar="T", help="text: tokens a window (default: the model's context)")
-    add("--stride", type=_index, default=0, metavar="N", help="text: tokens from a window to the next (default: all)")
-    add("--batch-size", type=_count, metavar="B", help="rows of the model's context together (default: 8, tasks: auto)")
+    add("--seq-length", type=_count, metavar="T", help="text: tokens a window (default: the model's context)")
+    add("--stride", type=_count, metavar="N", help="text: tokens from a window to the next (default: all)")
+    add("--batch-size", type=_count_or_auto, metavar="B", help="rows of the model's context together (default: auto)")
+    add("--mesh", type=_mesh, metavar="A=N,B=M", help="over data, fsdp and model, as data=2,model=4; one may be -1")
     add("--dtype", choices=DTYPES, help="cast the parameters (default: as stored)")
     add("--quantize", choices=QUANTIZATIONS, help="matrices in 8 bits")
     add("--adapter", metavar="PATH", help=ADAPTER_HELP)
     add("--revision", metavar="NAME", help="of a model on the hub, as step1000")
+    _add_place(add)
     add("--json", action="store_true", help="print JSON")
     add("--num-fewshot", type=_index, metavar="N", help="tasks: examples before each question (default: the task's)")
-    add("--limit", type=float, metavar="N", help="tasks: so many questions of each, or below 1 a share, for a trial")
+    add("--limit", type=_limit, metavar="N", help="tasks: so many questions of each, or below 1 a share, for a trial")
     add("--include-path", metavar="DIR", help="tasks: a folder of more tasks")
     add("--log-samples", action="store_true", help="tasks: each question and answer too, with --output")
     add("--output", metavar="DIR", help="tasks: writes results.json there")
@@ -248,6 +251,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_place(add) -> None:
+    """What says which of several processes this is (see `_joined`)."""
+    add("--distributed", choices=("auto", "off"), help="auto: one of the processes of a TPU pod, srun or Open MPI")
+    add("--coordinator", metavar="HOST:PORT", help="one of several processes on plain machines: where process 0 is met")
+    add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    add("--process-id", type=int, metavar="I", help="with --coordinator: which this one is, from 0")
+    add("--distributed-timeout", type=_seconds, default=300, metavar="SECONDS", help="how long others are waited for")
+    add("--heartbeat-timeout", type=_seconds, default=100, metavar="SECONDS", help="a process so long silent is dead")
+
+
 def _seconds(text: str) -> int:
     """Whole seconds, at least one: what jax takes."""
     if not text.isdecimal() or int(text) < 1:
@@ -259,6 +272,27 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else _count(text)
+
+
+def _limit(text: str) -> float:
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return limit
+
+
+def _mesh(text: str) -> dict[str, int]:
+    sizes = dict(part.split("=", 1) if "=" in part else (part, "") for part in text.split(","))
+    if not all(name in SCORING_AXES and size.removeprefix("-").isdecimal() for name, size in sizes.items()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh of {', '.join(SCORING_AXES)}; write data=2,model=4")
+    return {name: int(size) for name, size in sizes.items()}
 
 
 def _shard(text: str):
@@ -298,43 +332,52 @@ def _profile_steps(text: str) -> range:
 
 
 def _train(args) -> int:
-    plain = (args.coordinator, args.num_processes, args.process_id)
-    if any(value is not None for value in plain) and (None in plain or args.distributed is not None):
-        return _usage("train takes --coordinator, --num-processes and --process-id together, or --distributed")
-    from neox_jax import distributed
+    if _is_half_placed(args):
+        return EXIT_USAGE
     from neox_jax.config import flatten, load_config
 
-    place, config, problem = _find_place(args), None, None
+    config, problem = None, None
     try:
         config = load_config(args.config, args.overrides)
     except InputError as error:  # which the other processes are told of
         problem = error
     facts = {} if config is None else flatten(dataclasses.asdict(config), "config.")
     facts["--accept-changes"] = args.accept_changes
-    with distributed.joined(
-        place,
-        facts=facts,
-        problem=problem,
-        timeout_seconds=args.distributed_timeout,
-        heartbeat_seconds=args.heartbeat_timeout,
-        debug=args.debug,
-    ) as peers:
+    with _joined(args, facts=facts, problem=problem) as peers:
         from neox_jax.train import train
 
         result = train(config, args.workdir, peers=peers, accept_changes=args.accept_changes, profile=args.profile)
     return _report_training(result) if peers.process_id == 0 else EXIT_START_AGAIN if result.interrupted else 0
 
 
-def _find_place(args):
+def _is_half_placed(args) -> bool:
+    """Whether the options of `_add_place` do not go together, which is then said."""
+    plain = (args.coordinator, args.num_processes, args.process_id)
+    wrong = any(value is not None for value in plain) and (None in plain or args.distributed is not None)
+    if wrong:
+        _usage(f"{args.verb} takes --coordinator, --num-processes and --process-id together, or --distributed")
+    return wrong
+
+
+def _joined(args, *, facts: dict, problem: InputError | None = None):
+    """The other processes, if this is one of several: see `distributed.joined`."""
     from neox_jax import distributed
 
+    place = None
     if args.coordinator is not None:
-        return distributed.Place(args.coordinator, args.num_processes, args.process_id)
-    if args.distributed == "auto":
-        return distributed.detect_place(timeout_seconds=args.distributed_timeout)
-    if args.distributed is None:
+        place = distributed.Place(args.coordinator, args.num_processes, args.process_id)
+    elif args.distributed == "auto":
+        place = distributed.detect_place(timeout_seconds=args.distributed_timeout)
+    elif args.distributed is None:
         distributed.check_alone()
-    return None
+    return distributed.joined(
+        place,
+        facts=facts,
+        problem=problem,
+        timeout_seconds=args.distributed_timeout,
+        heartbeat_seconds=args.heartbeat_timeout,
+        debug=args.debug,
+    )
 
 
 def _report_training(result) -> int:
@@ -400,14 +443,38 @@ def _load(args):
 def _eval(args) -> int:
     if (args.tasks is None) == (args.text is None):
         return _usage("eval takes --tasks A,B or --text FILE...")
-    if args.tasks is not None:
-        return _eval_tasks(args)
-    text = "".join(map(read_text, args.text))
-    model, tokenizer = _load(args)
-    from neox_jax.evaluate import score_text
+    way, others = ("--tasks", TEXT_OPTIONS) if args.text is None else ("--text", TASKS_OPTIONS)
+    for name in others:
+        if getattr(args, name):
+            return _usage(f"--{name.replace('_', '-')} does not go with {way}")
+    if (args.log_samples or args.steps) and args.output is None:
+        return _usage(f"--{'steps' if args.steps else 'log-samples'} goes with --output DIR")
+    if _is_half_placed(args):
+        return EXIT_USAGE
+    facts = {f"--{name}": value for name, value in vars(args).items() if name not in OWN_OPTIONS}
+    with _joined(args, facts=facts) as peers:
+        from neox_jax.sharding import make_mesh
 
-    windows = {"seq_length": args.seq_length, "stride": args.stride}
+        peers.end_on_signals()
+        sizes = args.mesh or ({"data": -1} if peers.num_processes > 1 else None)
+        mesh = None if sizes is None else make_mesh(**sizes)
+        evaluate = _eval_tasks if args.text is None else _eval_text
+        evaluate(args, mesh, is_first=peers.process_id == 0)
+    return 0
+
+
+def _eval_text(args, mesh, *, is_first: bool) -> None:
+    from neox_jax.evaluate import check_windows, open_fitting, score_text
+
+    text = "".join(map(read_text, args.text))
+    tokenizer, config = open_fitting(args.model, tokenizer=args.tokenizer, revision=args.revision)
+    windows = {"seq_length": args.seq_length or 0, "stride": args.stride or 0}
+    check_windows(config, **windows)
+    options = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision, "adapter": args.adapter}
+    model = neox_jax.load_model(args.model, mesh=mesh, **options)
     score = score_text(model, tokenizer, text, **windows, batch_size=args.batch_size or 8)
+    if not is_first:
+        return
     if args.json:
         fields = {"num_tokens": score.num_tokens, "num_bytes": score.num_bytes}
         print(json.dumps({"nats_per_token": score.nats_per_token, "bits_per_byte": score.bits_per_byte, **fields}))
@@ -416,12 +483,9 @@ def _eval(args) -> int:
             f"{score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte "
             f"({score.num_tokens:,} tokens, {score.num_bytes:,} bytes)"
         )
-    return 0
 
 
-def _eval_tasks(args) -> int:
-    if (args.log_samples or args.steps) and args.output is None:
-        return _usage(f"--{'steps' if args.steps else 'log-samples'} goes with --output DIR")
+def _eval_tasks(args, mesh, *, is_first: bool) -> None:
     from neox_jax import tasks
 
     sources = {None: args.model}
@@ -429,28 +493,44 @@ def _eval_tasks(args) -> int:
         sources = {step: f"{args.model}@{step}" for step in tasks.steps_of(args.model, args.steps)}
     if args.compare:
         tasks.published(args.compare)
+    if args.output and is_first:
+        tasks.check_output(args.output, pictures=bool(args.steps))
     wanted = tasks.Tasks(args.tasks, num_fewshot=args.num_fewshot, include_path=args.include_path)
     from neox_jax.harness import NeoxLM
 
-    by_step = {}
+    tell, by_step = None if is_first else _say_nothing, {}
+    options = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision, "adapter": args.adapter}
     for step, source in sources.items():
-        tokenizer = None if args.tokenizer is None else neox_jax.load_tokenizer(args.tokenizer)
-        options = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision, "adapter": args.adapter}
-        lm = NeoxLM(source, tokenizer=tokenizer, batch_size=args.batch_size, **options)
-        results = wanted.run(lm, limit=args.limit, log_samples=args.log_samples)
-        by_step[step] = results
-        if step is not None:
-            print(f"step {step}")
-        print(json.dumps(results["results"], default=str) if args.json else tasks.table(results))
-        if args.compare:
-            print("\n".join(tasks.compare(results, args.compare)) or "nothing of these tasks is published")
-        if args.output:
-            folder = Path(args.output) / ("" if step is None else str(step))
-            about = {"model": source, **options, "limit": args.limit}
-            print(f"written to {tasks.write_results(results, folder, about=about)}")
-    if args.steps:
-        print("written to {} and {}".format(*tasks.write_curves(by_step, args.output)))
-    return 0
+        lm = NeoxLM(
+            source, tokenizer=args.tokenizer, mesh=mesh, batch_size=args.batch_size or "auto", tell=tell, **options
+        )
+        by_step[step] = results = wanted.run(lm, limit=args.limit, log_samples=args.log_samples, bootstrap=True)
+        if is_first:
+            _report_tasks(args, step, results, about={"model": source, **options, "limit": args.limit})
+    if args.steps and is_first:
+        paths = tasks.write_curves(by_step, args.output)
+        print("written to {} and {}".format(*paths), file=sys.stderr if args.json else sys.stdout)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _report_tasks(args, step: int | None, results: dict, *, about: dict) -> None:
+    from neox_jax import tasks
+
+    notes = []
+    if args.compare:
+        notes += tasks.compare(results, args.compare) or ["nothing of these tasks is published"]
+    if args.output:
+        folder = Path(args.output) / ("" if step is None else str(step))
+        notes.append(f"written to {tasks.write_results(results, folder, about=about)}")
+    if args.json:
+        print(json.dumps({**({} if step is None else {"step": step}), "results": results["results"]}, default=str))
+    else:
+        print(("" if step is None else f"step {step}\n") + tasks.table(results))
+    for note in notes:
+        print(note, file=sys.stderr if args.json else sys.stdout)
 
 
 def _convert(args) -> int:
@@ -750,7 +830,7 @@ def _plural(count: int, noun: str) -> str:
 
 def _usage(text: str) -> int:
     print(f"neox-jax: {text}", file=sys.stderr)
-    return 2
+    return EXIT_USAGE
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def check_alone(environ=os.environ) -> None:
     several += [f"{name} names several hosts" for name in HOST_LISTS if "," in environ.get(name, "")]
     if several:
         raise InputError(
-            f"{several[0]}, so this is one of several processes, each of which would train by itself; give "
-            "--distributed auto (with SLURM, under srun), or --distributed off for a run of one process"
+            f"{several[0]}, so this is one of several processes, each of which would do everything by itself; give "
+            "--distributed auto (with SLURM, under srun), or --distributed off for one process"
         )
 
 

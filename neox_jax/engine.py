@@ -359,13 +359,14 @@ def _prefill(models, tokens_RT, lengths_R, *, top: int | None) -> Prefilled:
     model, draft = models
     x_RTD, keys_values = forward_prompts(model, tokens_RT)
     last_RD = jnp.take_along_axis(x_RTD, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
+    scores = None if top is None else _score_prompts(model, x_RTD, tokens_RT, lengths_R, top)
     return Prefilled(
         tokens=tokens_RT,
         lengths=lengths_R,
         keys_values=keys_values,
         draft_keys_values=None if draft is None else forward_prompts(draft, tokens_RT)[1],
         logits=next_token_logits(model, last_RD),
-        scores=None if top is None else _score_prompts(model, x_RTD, tokens_RT, lengths_R, top),
+        scores=_everywhere(scores, model.mesh),
     )
 
 
@@ -441,7 +442,7 @@ def _insert(model: NeoX, slots: Slots, prefilled: Prefilled, places, wanted: Wan
         **written,
     )
     scores = jax.tree.map(lambda part: part[:, None], _scores(logits_RV, token_R, top))
-    return _pin(slots, mesh), scores
+    return _pin(slots, mesh), _everywhere(scores, mesh)
 
 
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames=("block_steps", "top", "num_drafted"))
@@ -462,9 +463,8 @@ def _decode_block(models, slots: Slots, stopped_B, *, block_steps: int, top: int
         return i + 1, slots, jax.tree.map(lambda part, new: part.at[i].set(new), scores, given)
 
     _, slots, scores = jax.lax.while_loop(go_on, step, (0, slots, scores))
-    return slots, jax.tree.map(
-        lambda part: jnp.moveaxis(part, 0, 1).reshape(len(stopped_B), -1, *part.shape[3:]), scores
-    )
+    scores = jax.tree.map(lambda part: jnp.moveaxis(part, 0, 1).reshape(len(stopped_B), -1, *part.shape[3:]), scores)
+    return slots, _everywhere(scores, models[0].mesh)
 
 
 def _step(models, slots: Slots, *, top: int, num_drafted: int) -> tuple[Slots, Scores]:
@@ -603,6 +603,11 @@ def _scores(logits_BV, tokens_B, top: int) -> Scores:
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
     logprobs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
     return Scores(tokens_B, logprobs_B, *(top_logprobs(logits_BV, top) if top else (None, None)))
+
+
+def _everywhere(scores: Scores | None, mesh) -> Scores | None:
+    """On every device, so that each of several processes can read them."""
+    return jax.tree.map(lambda part: constrain(part, (None,) * part.ndim, mesh), scores)
 
 
 def _pin(slots: Slots, mesh) -> Slots:

@@ -8,6 +8,7 @@ as a whole; padded rows of the vocabulary take part, as in Hugging Face's models
 Source: lm_eval 0.4.13, models/huggingface.py and api/model.py.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 
@@ -16,26 +17,28 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from neox_jax.convert.source import load_model, load_tokenizer
+from neox_jax.convert.source import load_model
 from neox_jax.errors import InputError
+from neox_jax.evaluate import check_tokenizer, open_fitting
 from neox_jax.generation import generate
 from neox_jax.metrics import Progress
 from neox_jax.model import NeoX
-from neox_jax.scoring import score_continuations
+from neox_jax.scoring import RequestError, score_continuations
 from neox_jax.tokenizer import Tokenizer
 
 MAX_GEN_TOKS = 256  # where a task does not say
 BATCH_TOKENS = 8192  # of a forward pass where no batch size is given
-GENERATED = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's arguments, taken as they are
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's arguments, taken as they are
+ARGUMENTS = SAMPLING | {"until", "do_sample", "max_gen_toks"}
 
 
 @register_model("neox_jax")
 class NeoxLM(TemplateLM):
     """A model of ours for lm_eval, by `pretrained` (a SOURCE) or as it is.
 
-    tell: called with a line before and while something takes its time, instead of showing progress.
-    batch_size: rows of the model's whole context in a forward pass, or "auto". Every process of several does the same
-    work on its own devices' share and reports one rank.
+    tokenizer: where it is, if not beside the model; of a model as it is, itself. batch_size: rows of the model's whole
+    context in a forward pass, or "auto". tell: called with a line before and while something takes its time, instead of
+    showing progress. Every process of several does the same work on its own devices' share and reports one rank.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class NeoxLM(TemplateLM):
         pretrained: str = "",
         *,
         model: NeoX | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | None = None,
         mesh=None,
         dtype: str | None = None,
         revision: str | None = None,
@@ -57,13 +60,13 @@ class NeoxLM(TemplateLM):
     ):
         super().__init__()
         if model is None:
+            tokenizer, _ = open_fitting(pretrained, tokenizer=tokenizer, revision=revision)
             options = {"dtype": dtype, "revision": revision, "quantize": quantize, "adapter": adapter}
             model = load_model(pretrained, mesh=mesh, **options)
-        self.model = model
-        self.tokens = load_tokenizer(pretrained, revision=revision) if tokenizer is None else tokenizer
-        ids, rows = self.tokens.vocab_size, model.config.vocab_size
-        if ids > rows:
-            raise InputError(f"the tokenizer has {ids} ids, the model's vocabulary {rows}; use the model's own")
+        check_tokenizer(tokenizer, model.config)
+        self.model, self.tokens = model, tokenizer
+        self._all_rows = copy.copy(tokenizer)  # Hugging Face's models generate ids that have no text, too
+        self._all_rows.vocab_size = model.config.vocab_size
         self.max_length = int(max_length or model.config.max_position_embeddings)
         automatic = batch_size in (None, "auto") or str(batch_size).startswith("auto")
         self.batch_tokens = BATCH_TOKENS if automatic else int(batch_size) * self.max_length
@@ -83,6 +86,14 @@ class NeoxLM(TemplateLM):
 
     def get_model_info(self) -> dict:
         return {"model_num_parameters": self.model.config.num_parameters, "model_source": self._source}
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Raises: InputError, before the first forward pass, naming the task of what cannot be scored."""
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        except RequestError as error:
+            one = requests[error.index]
+            raise InputError(f"task {one.task_name}: question {one.doc_id} has {error.reason}") from error
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         answers = self._score([(context, continuation) for _, context, continuation in requests], "log-likelihoods")
@@ -119,7 +130,7 @@ class NeoxLM(TemplateLM):
         num_done = 0
         try:
             for members in groups.values():
-                arguments = normalize_gen_kwargs(requests[members[0]].args[1], MAX_GEN_TOKS)
+                arguments = self.check_arguments(requests[members[0]].args[1])
                 written = self._generate([requests[i].args[0] for i in members], arguments)
                 for i, text in zip(members, written, strict=True):
                     texts[i] = text
@@ -130,20 +141,31 @@ class NeoxLM(TemplateLM):
             progress.close()
         return texts
 
+    def check_arguments(self, arguments: dict) -> dict:
+        """A task's generation_kwargs with all that is left to us. Raises: InputError for what cannot be done."""
+        arguments = normalize_gen_kwargs(arguments, MAX_GEN_TOKS)
+        if arguments.get("num_beams") == 1:
+            del arguments["num_beams"]
+        unknown = sorted(arguments.keys() - ARGUMENTS)
+        if unknown:
+            raise InputError(f"{unknown[0]} is not known for generation; known are {', '.join(sorted(ARGUMENTS))}")
+        length = arguments["max_gen_toks"]
+        if length >= self.max_length:
+            raise InputError(f"max_gen_toks is {length}; it must be below the model's context, {self.max_length}")
+        return arguments
+
     def _generate(self, contexts: list[str], arguments: dict) -> list[str]:
         eos = self.tokens.decode([self.eot_token_id])
         until = [one for one in handle_stop_sequences(arguments.get("until"), eos) if one]
         length = arguments["max_gen_toks"]
-        if length >= self.max_length:
-            raise InputError(f"max_gen_toks is {length}; it must be below the model's context, {self.max_length}")
-        options = {name: arguments[name] for name in GENERATED & arguments.keys()}
+        options = {name: arguments[name] for name in SAMPLING & arguments.keys()}
         if not arguments.get("do_sample"):
             options["temperature"] = 0.0
         room = self.max_length - length
         prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
         rows = max(1, self.batch_tokens // self.max_length)
         completions = generate(
-            self.model, self.tokens, prompts, max_new_tokens=length, stop=until, batch_size=max(8, rows), **options
+            self.model, self._all_rows, prompts, max_new_tokens=length, stop=until, batch_size=max(8, rows), **options
         )
         texts = [self.tokens.decode(one.tokens, skip_special_tokens=True) for one in completions]
         return [postprocess_generated_text(text, until, None) for text in texts]

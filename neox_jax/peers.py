@@ -88,6 +88,9 @@ class Alone:
         finally:
             self._signal.restore()
 
+    def end_on_signals(self) -> None:
+        pass
+
     def agree_to_stop(self, step: int) -> bool:
         return self._signal.requested
 
@@ -153,6 +156,12 @@ class Peers:
     def noting_signals(self):
         """Here they are noted for as long as there are several processes."""
         yield
+
+    def end_on_signals(self) -> None:
+        """SIGTERM and Ctrl-C end this process again, and so all: for what has nothing to save."""
+        self._signal.restore()
+        if self._signal.requested:
+            raise KeyboardInterrupt
 
     def agree_to_stop(self, step: int) -> bool:
         """Whether to stop after `step`: every process gets the same answer at the same step.

@@ -27,6 +27,14 @@ HEAD_POSITIONS = 128  # whose logits are in memory together
 BATCHES_AHEAD = 2
 
 
+class RequestError(InputError):
+    """A request that cannot be scored. index: which of them; reason: why."""
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"request {index} has {reason}")
+        self.index, self.reason = index, reason
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """logprob: of all the continuation's tokens, in nats. is_greedy: whether each was the likeliest there."""
@@ -69,7 +77,8 @@ def score_continuations(
     Of what is longer than the context of the model (max_length) the end counts: (context + continuation)[-(max_length +
     1):][:-1] is fed, as lm-evaluation-harness does. batch_tokens: of a forward pass, padding included. progress: called
     with the number of requests done.
-    Raises: InputError for a continuation longer than max_length, an empty one or an empty context.
+    Raises: RequestError, before the first forward pass, for a continuation longer than max_length, an empty one or an
+    empty context.
     """
     max_length = model.config.max_position_embeddings if max_length is None else max_length
     rows = _pack(requests, max_length)
@@ -99,13 +108,9 @@ def _pack(requests, max_length: int) -> list[_Row]:
     choices: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         if not context or not continuation:
-            raise InputError(
-                f"request {i} has an empty {'context' if not context else 'continuation'}; nothing to score"
-            )
+            raise RequestError(i, f"an empty {'context' if not context else 'continuation'}; nothing to score")
         if len(continuation) > max_length:
-            raise InputError(
-                f"request {i} has a continuation of {len(continuation)} tokens; the model's context is {max_length}"
-            )
+            raise RequestError(i, f"a continuation of {len(continuation)} tokens; the model's context is {max_length}")
         kept = tuple(context)[-(max_length + 1 - len(continuation)) :]
         choices.setdefault(kept, []).append(i)
     rows = []

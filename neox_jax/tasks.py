@@ -1,11 +1,19 @@
 """Scores of a model on the harness's tasks: tables, files, beside published figures, and over a run's steps."""
 
+import contextlib
 import csv
 import dataclasses
 import difflib
+import importlib.util
 import json
+import logging
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import jax
 
 from neox_jax.checkpoint.steps import STEPS_FOLDER, list_steps
 from neox_jax.config import EvalConfig
@@ -31,7 +39,8 @@ GROUPS = {
     "arithmetic": {"arithmetic": None},
     "superglue": {"super-glue-lm-eval-v1": None},
 }
-MERGED = ("results", "versions", "n-shot", "higher_is_better", "configs", "n-samples", "groups", "samples")
+FIRST = ("loglikelihood", "multiple_choice")  # kinds of tasks whose requests may be refused for their length
+BOOTSTRAPS = 100_000  # the harness's own number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,55 +67,117 @@ class Tasks:
     """Tasks of the harness and groups of ours (`GROUPS`), found and with their data at hand.
 
     include_path: a folder of more tasks. num_fewshot: of every task, instead of their own.
-    Raises: InputError for a task that is not known, or whose data is neither in the cache nor to be had.
+    Raises: InputError for a task that is not known or asked for in two ways, or whose data is neither in the cache nor
+    to be had.
     """
 
     def __init__(self, names: Sequence[str], *, num_fewshot: int | None = None, include_path: str | None = None):
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise InputError('tasks need lm_eval; pip install "neox_jax[eval]"') from error
-        self._manager = TaskManager(include_path=include_path)
-        self._shots: dict[int | None, list[str]] = {}
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise InputError(f"LOCAL_RANK is {os.environ['LOCAL_RANK']}, where lm_eval gives no results; unset it")
+        shots: dict[str, int | None] = {}
         for name in names:
-            for task, shots in GROUPS.get(name, {name: None}).items():
-                if task not in self._manager.all_tasks:
-                    near = difflib.get_close_matches(task, [*self._manager.all_tasks, *GROUPS], n=3)
-                    hint = f"; did you mean {', '.join(near)}?" if near else ""
-                    raise InputError(f"task {task!r} is not known{hint}")
-                self._shots.setdefault(shots if num_fewshot is None else num_fewshot, []).append(task)
-        for task in (task for tasks in self._shots.values() for task in tasks):
+            for task, own in GROUPS.get(name, {name: None}).items():
+                wanted = own if num_fewshot is None else num_fewshot
+                if shots.setdefault(task, wanted) != wanted:
+                    raise InputError(f"{task} is asked for twice, with other numbers of examples; score it by itself")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what tasks leave to their defaults
+        with _shown_by_the_first():
+            self._manager = _find_tasks(list(shots), include_path)
+            items = [item for task, number in shots.items() for item in self._load(task, number)]
+            self._items = sorted(items, key=lambda item: any(one.OUTPUT_TYPE not in FIRST for one in _leaves(item)))
             try:
-                self._manager.load(task)
-            except Exception as error:  # whatever a task's own loader raises
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise InputError(
-                    f"the data of task {task} cannot be had ({reason}); run it once where there is a network, or copy "
-                    "that machine's ~/.cache/huggingface"
-                ) from error
+                self._tasks = self._manager.load(list(self._items))["tasks"]
+            except ValueError as error:  # one is there by itself and in a group
+                raise InputError(f"--tasks {','.join(names)}: {error}") from error
 
-    def run(self, lm, *, limit: float | None = None, log_samples: bool = False, bootstrap: bool = True) -> dict:
-        """lm: a `harness.NeoxLM`. Returns what lm_eval's simple_evaluate does, of all tasks together.
+    def _load(self, name: str, shots: int | None) -> list:
+        """The task or the group, or the tasks of a tag, with so many examples before each question."""
+        try:
+            loaded = self._manager.load(name)
+        except Exception as error:  # whatever a task's own loader raises
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise InputError(
+                f"the data of task {name} cannot be had ({reason}); run it once where there is a network, or copy "
+                "that machine's ~/.cache/huggingface"
+            ) from error
+        for task_name, task in loaded["tasks"].items():
+            for trait, what in (("UNSAFE_CODE", "runs what the model writes"), ("MULTIMODAL", "is not of text alone")):
+                if getattr(task, trait, False):
+                    raise InputError(f"task {task_name} {what}, which is not done here; leave it out")
+            if shots is not None and task.get_config("num_fewshot") != 0:  # with 0 it can be done in no other way
+                task.set_config(key="num_fewshot", value=shots)
+        return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
-        bootstrap: standard errors of metrics that have no formula for theirs, too.
+    def run(self, lm, *, limit: float | None = None, log_samples: bool = False, bootstrap: bool = False) -> dict:
+        """lm: a `harness.NeoxLM`. Returns what lm_eval's simple_evaluate does.
+
+        bootstrap: standard errors of metrics that have no formula for theirs, too; in processes of their own, so the
+        program needs its `if __name__ == "__main__":`. Of several processes only the first one shows progress.
+        Raises: InputError for what the model cannot do, before it does anything else.
         """
         import lm_eval
 
-        merged: dict = {}
-        for shots, tasks in self._shots.items():
-            found = lm_eval.simple_evaluate(
+        for name, task in self._tasks.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                try:
+                    lm.check_arguments(task.get_config("generation_kwargs"))
+                except InputError as error:
+                    raise InputError(f"task {name}: {error}") from error
+        with _shown_by_the_first(), _spawning():
+            return lm_eval.simple_evaluate(
                 model=lm,
-                tasks=tasks,
-                num_fewshot=shots,
+                tasks=list(self._items),
                 limit=limit,
                 log_samples=log_samples,
                 task_manager=self._manager,
-                bootstrap_iters=100_000 if bootstrap else 0,
+                bootstrap_iters=BOOTSTRAPS if bootstrap else 0,
                 verbosity="ERROR",
             )
-            for part in MERGED:
-                merged.setdefault(part, {}).update(found.get(part) or {})
-        return merged
+
+
+def _find_tasks(names: Sequence[str], include_path: str | None):
+    """lm_eval's TaskManager. Raises: InputError for a name that it does not know."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError('tasks need lm_eval; pip install "neox_jax[eval]"') from error
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise InputError(f"--include-path {include_path} is no folder; give one with the YAML files of tasks")
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):  # to look through all of lm_eval's files takes seconds
+            return own
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *GROUPS], n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise InputError(f"task {name!r} is not known{hint}")
+    return manager
+
+
+def _leaves(item) -> list:
+    return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+
+
+@contextlib.contextmanager
+def _shown_by_the_first():
+    """What lm_eval prints goes to stderr, stdout being for results; of several processes the first alone shows it."""
+    with open(os.devnull, "w") as nowhere:
+        shown = sys.stderr if jax.process_index() == 0 else nowhere
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
+            yield
+
+
+@contextlib.contextmanager
+def _spawning():
+    """Here multiprocessing starts new processes: a fork of one in which jax has threads may hang."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 class RunTasks:
@@ -129,7 +200,7 @@ class RunTasks:
         from neox_jax.harness import NeoxLM
 
         lm = NeoxLM("the run", model=model, tokenizer=self._tokenizer, tell=begin)
-        results = self._tasks.run(lm, limit=self._config.tasks_limit or None, bootstrap=False)
+        results = self._tasks.run(lm, limit=self._config.tasks_limit or None)
         return {f"tasks/{one.task}/{one.metric_name}": one.value for one in scores(results)}
 
 
@@ -146,10 +217,11 @@ def scores(results: dict) -> Iterator[TaskScore]:
 
 
 def table(results: dict) -> str:
-    """The harness's own table, with standard errors."""
+    """The harness's own tables, of tasks and of groups, with standard errors."""
     from lm_eval.utils import make_table
 
-    return make_table(results)
+    tables = [make_table(results), *([make_table(results, "groups")] if "groups" in results else [])]
+    return "\n".join(tables)
 
 
 def published(model: str) -> list[tuple[str, str, int, float, str]]:
@@ -171,6 +243,16 @@ def compare(results: dict, model: str) -> list[str]:
                 f"({one.value - value:+.4f}; {source})"
             )
     return lines
+
+
+def check_output(folder: str | Path, *, pictures: bool) -> None:
+    """Raises: InputError where results could not be written, while that costs nothing yet."""
+    if pictures and importlib.util.find_spec("matplotlib") is None:
+        raise InputError('a picture needs matplotlib; pip install "neox_jax[viz]"')
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
 
 
 def write_results(results: dict, folder: str | Path, *, about: dict) -> Path:
@@ -218,11 +300,9 @@ def write_curves(by_step: dict[int, dict], folder: str | Path) -> tuple[Path, Pa
 
 def _draw(curves: dict[str, list[tuple[int, TaskScore]]], path: Path) -> None:
     """A panel for each metric, a curve for each task, with its standard errors."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('a picture needs matplotlib; pip install "neox_jax[viz]"') from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     metrics = sorted({points[0][1].metric_name for points in curves.values()})
     figure = Figure(figsize=(7, 3.2 * len(metrics)), layout="constrained")
     FigureCanvasAgg(figure)

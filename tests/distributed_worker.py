@@ -41,6 +41,11 @@ def talk(coordinator: str, num_processes: int, process_id: int, plan: dict) -> N
                 time.sleep(*arguments)
             elif action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif action == "signal":
+                if arguments == ["SIGTERM"]:
+                    peers.end_on_signals()
+                os.kill(os.getpid(), getattr(signal, *arguments))
+                peers.end_on_signals()  # a signal that came before is not forgotten
             elif action == "refuse":
                 raise InputError(*arguments)
             elif action == "break":

@@ -222,6 +222,12 @@ def test_gather_is_by_process(processes, tmp_path):
 ENDS = {
     "refuses": ([["refuse", "no data\nhere"]], 65, f"process 1 ({HOST}): no data\nhere"),
     "dies": ([["kill"]], 75, f"process 1 ({HOST}) is gone; the same command goes on from the last checkpoint"),
+    "interrupted": ([["signal", "SIGINT"]], 130, f"process 1 ({HOST}): interrupted"),
+    "terminated": (
+        [["signal", "SIGTERM"]],
+        75,
+        f"process 1 ({HOST}) is gone; the same command goes on from the last checkpoint",
+    ),
     "differs": (
         [["same", "the data", {"a": 2}]],
         65,
@@ -247,9 +253,10 @@ def test_one_ends_all(processes, tmp_path, name):
     last = wait if name in ("differs", "does not come") else [["sleep", 60]]
     plan = {"timeout": 3, "each": {"0": {"do": wait}, "1": {"do": actions}, "2": {"do": last}}}
     outcomes, _, seconds = talk(processes, tmp_path, 3, **plan)
-    assert codes_of(outcomes) == [code, -9 if name == "dies" else code, code], outcomes
-    for i, (_, _, err) in enumerate(outcomes):
-        if message is not None and (i, name) != (1, "dies"):
+    own = {"dies": -signal.SIGKILL, "terminated": -signal.SIGTERM}.get(name, code)
+    assert codes_of(outcomes) == [code, own, code], outcomes
+    for ended, _, err in outcomes:
+        if message is not None and ended > 0:  # not killed
             assert err == f"neox-jax: {message}\n"
     assert seconds < 12
 

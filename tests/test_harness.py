@@ -4,19 +4,23 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
-from runs import ROOT, TEXTS, make_config
+from runs import ROOT, TEXTS, free_port, make_config
+from test_distributed import Processes, codes_of
 
 import neox_jax
 from neox_jax.cli import main
 from neox_jax.config import EvalConfig
 from neox_jax.errors import InputError
 from neox_jax.metrics import read_metrics
-from neox_jax.tasks import Tasks, compare, scores
+from neox_jax.tasks import Tasks, compare, scores, table
+from neox_jax.tokenizer import train_tokenizer
 from neox_jax.train import train
 
 lm_eval = pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
@@ -67,7 +71,8 @@ def folder(data, tmp_path_factory):
     train(config, folder / "run")
     tokenizer = neox_jax.load_tokenizer(folder / "run")
     neox_jax.save_model(neox_jax.load_model(folder / "run"), folder / "trained", tokenizer=tokenizer)
-    neox_jax.save_model(neox_jax.init_model(config.model, seed=5), folder / "random", tokenizer=tokenizer)
+    padded = dataclasses.replace(config.model, vocab_size=576)  # more rows than the tokenizer has ids
+    neox_jax.save_model(neox_jax.init_model(padded, seed=5), folder / "random", tokenizer=tokenizer)
     lines = [{**question, "text": TEXTS[i][: 150 + 700 * i]} for i, question in enumerate(QUESTIONS)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "tasks").mkdir()
@@ -145,6 +150,25 @@ def test_a_table_of_tasks(folder, both):
                 assert got[task][name] == pytest.approx(value, rel=1e-5), (task, name)
 
 
+def test_standard_errors_are_theirs_without_a_fork(folder, monkeypatch):
+    """Resampled where there is no formula; in the table with its heads."""
+    from lm_eval.api.metrics import bootstrap_stderr, perplexity
+
+    from neox_jax.harness import NeoxLM
+
+    monkeypatch.setattr("neox_jax.tasks.BOOTSTRAPS", 2000)
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process with jax's threads was forked"))
+    lm = NeoxLM(str(folder / "trained"), dtype="float32")
+    found = Tasks(["last_words"], include_path=str(folder / "tasks")).run(lm, log_samples=True, bootstrap=True)
+    values = [sample["perplexity"] for sample in found["samples"]["last_words"]]
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    wanted = bootstrap_stderr(perplexity, values, 2000)
+    assert found["results"]["last_words"]["perplexity_stderr,none"] == pytest.approx(wanted, rel=1e-12)
+    text = table(found)
+    assert re.search(r"Tasks *\|Version\|Filter\|n-shot\| *Metric *\| *\| *Value *\| *\| *Stderr *\|", text), text
+    assert f"{wanted:.4f}" in text
+
+
 def test_by_their_own_command_line(folder, tmp_path):
     command = [sys.executable, "-m", "neox_jax.harness", "run", "--model", "neox_jax", "--tasks", "choices"]
     command += [
@@ -192,6 +216,139 @@ def test_the_verb(folder, tmp_path, capsys):
         assert main([*arguments[:5], *wrong]) == code
         err = capsys.readouterr().err.splitlines()
         assert [line for line in err if line.startswith(f"neox-jax: {text}")], err
+
+
+def write_task(folder, name: str, **fields) -> None:
+    """A task of one question in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "one.jsonl").write_text(json.dumps({"question": "def", "answer": " f" * 100}) + "\n")
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "one.jsonl")}}}
+    task = {"task": name, **source, "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    (folder / f"{name}.yaml").write_text(json.dumps({**task, **fields}))
+
+
+def test_refused_before_anything_is_computed(folder, tmp_path, capsys, monkeypatch):
+    """Each is one line that says which task it is; nothing has been generated or scored by then."""
+    writes = {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+    write_task(tmp_path, "writes", **writes, generation_kwargs={"max_gen_toks": 4})
+    write_task(tmp_path, "writes_much", **writes, generation_kwargs={"max_gen_toks": 64})
+    write_task(tmp_path, "with_beams", **writes, generation_kwargs={"num_beams": 4})
+    write_task(tmp_path, "too_long", output_type="loglikelihood", metric_list=[{"metric": "acc"}])
+    length = len(neox_jax.load_tokenizer(folder / "trained").encode("def" + " f" * 100)) - 1
+    train_tokenizer(TEXTS, vocab_size=600).save(tmp_path / "large.json")
+    (tmp_path / "text.txt").write_text("def f(x):")
+    tasks = ["--include-path", str(tmp_path), "--tasks"]
+    text = ["--text", str(tmp_path / "text.txt")]
+    many = "the tokenizer has 600 ids, the model's vocabulary has 512; use the model's own"
+    for wrong, line in (
+        ([*tasks, "writes,too_long"], f"task too_long: question 0 has a continuation of {length} tokens; the model's"),
+        ([*tasks, "writes,writes_much"], "task writes_much: max_gen_toks is 64; it must be below the model's context"),
+        ([*tasks, "writes,with_beams"], "task with_beams: num_beams is not known for generation; known are do_sample"),
+        ([*tasks, "writes", "--tokenizer", str(tmp_path / "large.json")], many),
+        ([*text, "--tokenizer", str(tmp_path / "large.json")], many),
+        ([*text, "--seq-length", "65"], "seq-length is 65; wanted 1 to 64, the model's context"),
+        ([*text, "--seq-length", "9", "--stride", "10"], "stride is 10; wanted 1 to the window's 9 tokens"),
+        ([*text, "--mesh", "data=3"], "mesh data=3 is 3 devices, but there are 8"),
+        ([*tasks, "writes", "--output", str(tmp_path / "text.txt")], f"--output {tmp_path}/text.txt cannot be written"),
+        (["--include-path", "nowhere", "--tasks", "writes"], "--include-path nowhere is no folder"),
+    ):
+        if "tokenizer" in line:
+            monkeypatch.setattr(neox_jax, "load_model", lambda *a, **k: pytest.fail("the weights were read"))
+            monkeypatch.setattr("neox_jax.harness.load_model", neox_jax.load_model)
+        assert main(["eval", "--model", str(folder / "trained"), *wrong]) == 65, wrong
+        monkeypatch.undo()
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[-1].startswith(f"neox-jax: {line}"), err
+        assert not [word for word in ("generating", "scoring") if word in err], err
+    for wrong, line in (
+        (["--tasks", "a", "--stride", "3"], "--stride does not go with --tasks"),
+        (["--text", "a", "--limit", "3"], "--limit does not go with --text"),
+        (["--tasks", "a", "--mesh", "pipe=2"], "'pipe=2' is no mesh of data, fsdp, model; write data=2,model=4"),
+        (["--tasks", "a", "--limit", "0"], "'0' is no number above 0"),
+        (["--text", "a", "--process-id", "0"], "eval takes --coordinator, --num-processes and --process-id together"),
+    ):
+        try:
+            code = main(["eval", "--model", "x", *wrong])
+        except SystemExit as error:  # argparse's own way
+            code = error.code
+        assert (code, line in capsys.readouterr().err) == (2, True), wrong
+
+
+def test_tasks_that_cannot_be_together(monkeypatch):
+    with pytest.raises(InputError, match="arc_challenge is asked for twice, with other numbers of examples"):
+        Tasks(["card", "leaderboard"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="LOCAL_RANK is 1, where lm_eval gives no results; unset it"):
+        Tasks(["piqa"])
+
+
+@pytest.mark.parametrize(("seq_length", "stride"), [(None, None), (None, 20), (33, 32), (40, 7)])
+def test_plain_text_is_what_transformers_says(folder, tmp_path, capsys, seq_length, stride):
+    """Every token once, in windows that are made here."""
+    import torch
+    from transformers import AutoTokenizer, GPTNeoXForCausalLM
+
+    text = TEXTS[1][:1500] + "\n# naïve — 数"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    theirs = GPTNeoXForCausalLM.from_pretrained(folder / "trained", dtype=torch.float32)
+    ids = [0, *AutoTokenizer.from_pretrained(folder / "trained")(text)["input_ids"]]
+    size, nats, num_scored = seq_length or 64, 0.0, 0
+    for start in range(0, len(ids), stride or size):
+        window = torch.tensor(ids[start : start + size + 1])
+        if start + len(window) <= num_scored + 1:
+            break
+        with torch.no_grad():
+            logprobs = theirs(window[None, :-1]).logits[0].log_softmax(-1)
+        chosen = logprobs[torch.arange(len(window) - 1), window[1:]]
+        nats -= float(chosen[num_scored - start :].double().sum())
+        num_scored = start + len(window) - 1
+    assert num_scored == len(ids) - 1
+    arguments = ["eval", "--model", folder / "trained", "--text", tmp_path / "text.txt", "--dtype", "float32", "--json"]
+    windows = [f"--{name}={value}" for name, value in (("seq-length", seq_length), ("stride", stride)) if value]
+    for mesh in ([], ["--mesh", "data=2,fsdp=2,model=-1"]):
+        assert main([*map(str, arguments), *windows, *mesh]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / len(text.encode()), rel=1e-5)
+        assert (found["num_tokens"], found["num_bytes"]) == (len(ids) - 1, len(text.encode()))
+
+
+def test_two_processes_are_one(folder, tmp_path):
+    """Over a mesh of both: the scores of one process, written and said by the first alone."""
+    coordinator, processes = f"127.0.0.1:{free_port()}", Processes()
+    options = ["--model", folder / "trained", "--dtype", "float32", "--mesh", "data=2,model=2", "--batch-size", "auto"]
+    options += ["--tasks", "choices,written", "--include-path", folder / "tasks", "--log-samples"]
+    try:
+        for i in range(2):
+            place = ["--coordinator", coordinator, "--num-processes", 2, "--process-id", i]
+            output = ["--output", tmp_path / str(i)]
+            processes.start("-m", "neox_jax.cli", "eval", *options, *output, *place, devices=2)
+        outcomes = processes.wait()
+    finally:
+        processes.close()
+    assert codes_of(outcomes) == [0, 0], outcomes
+    said = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in outcomes]
+    assert any("|choices" in line for line in said[0])
+    assert (said[1], outcomes[1][2]) == ([], "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0"]
+    found = json.loads((tmp_path / "0" / "results.json").read_text())
+    from neox_jax.harness import NeoxLM
+
+    lm = NeoxLM(str(folder / "trained"), dtype="float32")
+    wanted = Tasks(["choices", "written"], include_path=str(folder / "tasks")).run(lm, log_samples=True)
+    assert [one.value for one in scores(found)] == [one.value for one in scores(wanted)]
+    answers = {"choices": [], "written": []}
+    for line in (tmp_path / "0" / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        answers[sample["task"]].append(sample["filtered_resps"])
+    wanted_answers = {task: [one["filtered_resps"] for one in several] for task, several in wanted["samples"].items()}
+    assert answers["written"] == wanted_answers["written"]
+    assert any(text for (text,) in answers["written"])
+    logprobs, wanted_logprobs = (
+        [[float(logprob) for logprob, _ in choices] for choices in one["choices"]] for one in (answers, wanted_answers)
+    )
+    np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "model": 2}])

@@ -34,6 +34,7 @@ from neox_jax.tokenizer import Tokenizer
 from neox_jax.tree import num_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
+WHOLE = ("params", "meta")  # of a step: what a model is made of
 FORMATS = ("hf", "orbax", "neox")
 
 _READ = {"hf": hf.read_hf, "neox": neox.read_neox, "orbax": orbax.read_step}
@@ -88,9 +89,9 @@ def open_source(source: str | Path, *, revision: str | None = None, adapter: str
     return merge(stored, found)
 
 
-def config_of(source: str | Path, *, mesh=None) -> ModelConfig:
-    """The model of a SOURCE as `load_model` makes it on the mesh. Raises: as `load_model`."""
-    kind, folder, found = _open(source, revision=None, adapter=None)
+def config_of(source: str | Path, *, mesh=None, revision: str | None = None) -> ModelConfig:
+    """The model of a SOURCE as `load_model` makes it on the mesh; its weights are not read. Raises: as `load_model`."""
+    kind, folder, found = _open(source, revision=revision, adapter=None, items=("meta",))
     if kind == "orbax" and found is None:
         return read_meta(folder)[0]
     return padded_for(_READ[kind](folder).config, mesh)
@@ -119,10 +120,12 @@ def open_adapter(path: str | Path) -> Adapter:
     raise InputError(f"{path} holds a model, and no adapters; wanted a run with lora.rank, or PEFT's folder")
 
 
-def _open(source: str | Path, *, revision: str | None, adapter: str | Path | None) -> tuple[str, Path, Adapter | None]:
-    """The kind and the folder of a model, and the adapters to be put on it, if any."""
+def _open(
+    source: str | Path, *, revision: str | None, adapter: str | Path | None, items: tuple[str, ...] = WHOLE
+) -> tuple[str, Path, Adapter | None]:
+    """The kind and the folder of a model, and the adapters to be put on it, if any. items: as `_locate_whole`."""
     found = None if adapter is None else open_adapter(adapter)
-    kind, folder = _locate_whole(source, revision=revision)
+    kind, folder = _locate_whole(source, revision=revision, items=items)
     if kind != "peft" and not (kind == "orbax" and is_adapter_step(folder)):
         return kind, folder, found
     if found is not None:
@@ -133,7 +136,7 @@ def _open(source: str | Path, *, revision: str | None, adapter: str | Path | Non
             f"{source} does not say which model its adapters are for; name that one, and these as --adapter"
         )
     try:
-        kind, folder = _locate_whole(found.base.source, revision=revision)
+        kind, folder = _locate_whole(found.base.source, revision=revision, items=items)
     except InputError as error:
         raise InputError(
             f"the model that the adapters in {source} are for: {error}; or name it, and them as --adapter"
@@ -338,8 +341,8 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[str, Pat
     raise InputError(f"no model at {source}: no such folder, and not the id of a model on the hub (ORGANISATION/NAME)")
 
 
-def _locate_whole(source: str | Path, *, revision: str | None) -> tuple[str, Path]:
-    """As `locate`, but of a run folder the newest step whose parameters are as they were written.
+def _locate_whole(source: str | Path, *, revision: str | None, items: tuple[str, ...] = WHOLE) -> tuple[str, Path]:
+    """As `locate`, but of a run folder the newest step of which these items are as they were written.
 
     One that was asked for by number is not replaced by another. Raises: InputError if it, or every one, is damaged.
     """
@@ -351,7 +354,7 @@ def _locate_whole(source: str | Path, *, revision: str | None) -> tuple[str, Pat
         steps = [folder.parent / str(step) for step in reversed(list_steps(folder.parent))]
     damaged = []
     for step in steps:
-        problems = find_problems(step, items=("params", "meta"))
+        problems = find_problems(step, items=items)
         if not problems:
             for text in damaged:
                 print(f"neox-jax: {text}; taking step {step.name}", file=sys.stderr, flush=True)
