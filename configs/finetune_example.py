@@ -2,8 +2,8 @@
 
     neox-jax train --config configs/finetune_example.py --workdir runs/finetune
 
-After `make quickstart`. 196,608 numbers are trained, 6% of the model's. Measured on two cores of an AMD EPYC, shared with
-other work: 0.8 s a step, 8 minutes; the loss on held-out instructions ends at 2.61 nats a token. Of 100 held-out
+After `make quickstart`. 196,608 numbers are trained, 6% of the model's. Measured on two cores of an AMD EPYC, shared
+with other work: 0.8 s a step, 8 minutes; the loss on held-out instructions ends at 2.61 nats a token. Of 100 held-out
 answers 97 have the format and end by themselves, none before (docs/finetuning.md).
 """
 
