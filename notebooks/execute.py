@@ -1,6 +1,7 @@
 """Runs the notebooks and keeps their outputs: how those that are committed were made.
 
     python notebooks/execute.py --run train quickstart convert      # minutes on a CPU: train.ipynb trains a model
+    python notebooks/execute.py --run finetune                      # after make quickstart, whose model it takes
     python notebooks/execute.py                                     # runs none: only the links, see OWNER
 
 quickstart.ipynb and convert.ipynb run with the model that train.ipynb saves, in runs/notebooks; nothing is downloaded.
@@ -17,8 +18,13 @@ from nbclient import NotebookClient
 
 OWNER = "OWNER"  # of the repository on GitHub; after a change, run this once: every link and install line follows
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("train", "quickstart", "convert")
-MODEL = "my-model"  # what train.ipynb saves
+NAMES = ("train", "quickstart", "convert", "finetune")
+SETTINGS = {  # what they run with here; the model is what train.ipynb saves, or the quickstart's
+    "train": {},
+    "quickstart": {"NEOX_NOTEBOOK_MODEL": "my-model"},
+    "convert": {"NEOX_NOTEBOOK_MODEL": "my-model"},
+    "finetune": {"NEOX_NOTEBOOK_MODEL": "../quickstart/hf", "NEOX_NOTEBOOK_RATE": "6e-3"},
+}
 CELL_SECONDS = 3600
 
 
@@ -32,8 +38,7 @@ def main() -> None:
     work = FOLDER.parent / "runs" / "notebooks"
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
-        settings = {} if name == "train" else {"NEOX_NOTEBOOK_MODEL": MODEL}
-        nbformat.write(execute(name, work, settings), FOLDER / f"{name}.ipynb")
+        nbformat.write(execute(name, work, SETTINGS[name]), FOLDER / f"{name}.ipynb")
         print(f"{name}.ipynb has the outputs of this run")
 
 

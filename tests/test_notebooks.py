@@ -122,3 +122,15 @@ def test_convert_ends_where_it_began_and_notices_a_flipped_bit(some_model, tmp_p
     assert f"{some_model} and hf: 1 tensor differs; not all is as it was written\n" in text
     assert text.endswith("neox and hf: the same\n")
     assert "every tensor alike: True" in text
+
+
+def test_finetune_trains_adapters_that_are_the_same_everywhere(some_model, tmp_path):
+    notebook = run("finetune", tmp_path, MODEL=some_model, STEPS=20, RATE="6e-3")
+    lines = read_metrics(tmp_path / "adapters" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    text = text_of(notebook)
+    differences = dict(re.findall(r"(PEFT's files|merged|over weights in 8 bits): (\S+), logits", text))
+    assert float(differences["PEFT's files"]) == 0
+    assert 0 < float(differences["merged"]) < 1e-4
+    assert len(images_of(notebook)) == 1
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()

@@ -1,5 +1,6 @@
 """Text files to .bin/.idx: what is written, that workers do not change it, what is refused; the Python corpus."""
 
+import ast
 import json
 import os
 import struct
@@ -262,7 +263,34 @@ def test_the_corpus_is_the_standard_library_split_by_path(tmp_path):
     smaller = tmp_path / "two"
     collect_standard_library(smaller, heldout_fraction=0.05)  # a smaller share is a part of the larger
     assert {json.loads(line)["path"] for line in (smaller / "heldout.jsonl").open()} < paths["heldout"]
-    assert sorted(path.name for path in smaller.iterdir()) == ["heldout.jsonl", "heldout.txt", "train.jsonl"]
+    names = ["heldout.jsonl", "heldout.txt", "instructions.jsonl", "instructions_heldout.jsonl", "train.jsonl"]
+    assert sorted(path.name for path in smaller.iterdir()) == names
+
+    again = collect_standard_library(tmp_path / "three", heldout_fraction=0.1)
+    assert again == summary
+    for name in names:
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::SyntaxWarning"
+)  # of escapes in the library's strings
+def test_instructions_are_of_the_functions_of_their_own_side(tmp_path):
+    summary = collect_standard_library(tmp_path)
+    counts = {"train": summary.train_instructions, "heldout": summary.heldout_instructions}
+    for side, name in (("train", "instructions"), ("heldout", "instructions_heldout")):
+        documents = [json.loads(line) for line in (tmp_path / f"{side}.jsonl").open()]
+        text = "\n".join(document["text"] for document in documents if document["path"].endswith(".py"))
+        lines, words = set(map(str.strip, text.split("\n"))), " ".join(text.split())
+        instructions = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+        assert len(instructions) == counts[side] > 100
+        for i, instruction in enumerate(instructions):
+            (function,) = ast.parse(instruction["completion"]).body
+            signature, docstring = instruction["completion"].split("\n")
+            assert signature in lines
+            assert i % 100 or docstring.strip()[3:-3] in words  # of some: it is looked for in 10 MB
+            asked = f"named {function.name} that takes {signature.split('(', 1)[1][:-2] or 'nothing'}."
+            assert instruction["prompt"] == f"### Instruction:\nBegin a function {asked}\n### Response:\n"
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
