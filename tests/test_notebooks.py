@@ -11,12 +11,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from runs import TEXTS
 
 import neox_jax
 from neox_jax.config import ModelConfig
 from neox_jax.evaluate import score_text
 from neox_jax.metrics import read_metrics
-from runs import TEXTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 from execute import FOLDER, NAMES, as_shown, execute, with_owner
