@@ -187,7 +187,7 @@ def test_a_run_counts_what_its_masks_say(masked):
     rows = Run(config, folder, ONE).train_loader.host_batch(0)
     counted = rows[:, 1:] & NO_LOSS == 0
     np.testing.assert_array_equal(counted, strip_marks(rows)[:, :-1] != EOD)
-    assert 0.05 < 1 - counted.mean() < 0.5
+    assert 0.01 < 1 - counted.mean() < 0.5  # of this project's own text, which changes
     losses = losses_of_targets(init_model(TINY, seed=config.train.seed), rows, BOTH)
     assert losses_of(folder)[0] == pytest.approx(losses[counted].mean(), rel=1e-6)
 
