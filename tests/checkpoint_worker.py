@@ -135,7 +135,10 @@ def full(folder: Path) -> None:
         assert "No space left on device" in refused, refused
         assert "goes on from step 1" in refused, refused
         shutil.disk_usage = real
-        assert abs(real(folder).free - before) < 10_000, "something of it was kept"
+        deadline = time.monotonic() + 20  # a busy machine closes the files that were removed a little later
+        while abs(real(folder).free - before) >= 10_000:
+            assert time.monotonic() < deadline, "something of it was kept"
+            time.sleep(0.05)
         assert os.listdir(folder / "checkpoints") == ["1"]
     filler.unlink()
     assert checkpoints.save(5, state, MODEL)
