@@ -18,7 +18,7 @@ def changed_fields(before: dict, now: dict) -> list[str]:
 
     before, now: configurations as nested dicts. What only one of them has is of another version: left out.
     """
-    before, now = flatten(before), flatten(json.loads(json.dumps(now)))
+    before, now = (flatten(json.loads(json.dumps(one))) for one in (before, now))  # one of them was a file
     depends_on = DEPENDS_ON
     if now["data.order"] == "megatron" and not now["data.num_samples"]:
         depends_on += ("train.steps",)  # then it is how many samples are put in order
