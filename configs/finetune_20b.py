@@ -10,28 +10,15 @@ Adapters alone need less of a slice (--config.lora.rank=16, all four targets, re
 same estimate. Not run here.
 """
 
-from neox_jax.config import default_config
+import finetune_1_4b
 
 
 def get_config():
-    config = default_config()
+    config = finetune_1_4b.get_config()
     config.init_from = "EleutherAI/gpt-neox-20b"
-    config.model.preset = "gpt-neox-20b"  # of init_from; for estimates, which do not open it
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    config.train.steps = 500
+    config.model.preset = "gpt-neox-20b"
     config.train.batch_size = 64
-    config.train.seq_length = 2048
     config.train.microbatches = 2
-    config.train.dtype = "bfloat16"
     config.train.remat = "full"
     config.optimizer.learning_rate = 2e-6
-    config.optimizer.min_learning_rate = 0.0
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 20
-    config.optimizer.weight_decay = 0.0
-    config.data.train = "chat.jsonl"
-    config.data.tokenizer = "data/20B_tokenizer.json"
-    config.checkpoint.every = 100
-    config.eval.sample_tokens = 0
     return config

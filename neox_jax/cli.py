@@ -567,8 +567,8 @@ def _convert(args) -> int:
 
 
 def _convert_adapter(args) -> int:
-    if args.adapter or args.dtype or args.tensor_parallel != 1:
-        return _usage("convert --to peft takes SRC, a run of adapters, and no --adapter, --dtype or --tensor-parallel")
+    if args.adapter or args.dtype or args.revision or args.tensor_parallel != 1:
+        return _usage("convert --to peft takes SRC, which has adapters, DST and no option besides")
     from neox_jax.convert.peft import save_peft
     from neox_jax.convert.source import open_adapter
 

@@ -132,6 +132,18 @@ def test_resumed_bitwise(data, base, tmp_path, lora):
     assert digest_step(tmp_path / "halves/checkpoints/4") == digest_step(tmp_path / "whole/checkpoints/4")
 
 
+def test_the_base_is_found_from_anywhere(data, base, tmp_path, monkeypatch):
+    """A step of a run, named from the folder that it is in, pinned to that step."""
+    whole = make_config(data)
+    run(whole, tmp_path / "base_run")
+    monkeypatch.chdir(tmp_path)
+    run(with_adapters(data, "base_run@2", lora={"rank": 2}), tmp_path / "run")
+    monkeypatch.chdir(data)
+    model = neox_jax.load_model(tmp_path / "run")
+    two = neox_jax.load_model(tmp_path / "base_run@2")
+    assert np.array_equal(model.embed_in.embedding[...], two.embed_in.embedding[...])
+
+
 def test_another_base_is_refused(data, base, tmp_path):
     config = with_adapters(data, base, lora=ALL)
     run(config, tmp_path / "run")

@@ -80,6 +80,13 @@ def test_pefts_adapters_here_give_its_logits(base, adapters, kind):
     )  # names its base
 
 
+def test_the_revision_of_the_base_is_not_lost(adapters, tmp_path):
+    adapter = read_peft(change(adapters["default"][0], tmp_path, revision="step1000"))
+    assert adapter.base.revision == "step1000"
+    save_peft(adapter, tmp_path / "copy")
+    assert peft.LoraConfig.from_pretrained(tmp_path / "copy").revision == "step1000"
+
+
 def test_a_torch_file_of_adapters(base, adapters, tmp_path):
     folder, theirs = adapters["all"]
     (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())

@@ -16,7 +16,7 @@ from neox_jax.config import LoraConfig, ModelConfig
 from neox_jax.convert import names
 from neox_jax.convert.files import join_problems
 from neox_jax.convert.manifest import identify
-from neox_jax.convert.stored import StoredModel, StoredTensor
+from neox_jax.convert.stored import StoredModel, Wrapped
 from neox_jax.errors import InputError
 from neox_jax.lora import is_factor, split_adapters
 from neox_jax.model import NeoX, abstract_model
@@ -26,10 +26,12 @@ from neox_jax.tree import join, map_named, named_leaves
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model that adapters are for: a SOURCE, and its weights' identity (`manifest.identify`) where it is known."""
+    """The model that adapters are for: a SOURCE, its weights' identity (`manifest.identify`) where it is known, and its
+    revision where it is an id on the hub."""
 
     source: str
     sha256: str | None = None
+    revision: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,25 +174,12 @@ def _check_shapes(adapter: Adapter, config: ModelConfig) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Merged:
+class _Merged(Wrapped):
     """A weight and the product of two factors of its own rows and columns. a [R, in]; b [out, R]."""
 
-    tensor: StoredTensor
     a: np.ndarray
     b: np.ndarray
     scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.tensor.dtype)
-
-    @property
-    def row_unit(self) -> int:
-        return getattr(self.tensor, "row_unit", 1)
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         part = self.tensor.read(slices)

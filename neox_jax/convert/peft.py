@@ -19,8 +19,8 @@ from neox_jax.errors import InputError
 CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # What is read here, or says nothing of what an adapter computes.
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"}
-READ |= {"bias", "init_lora_weights"}
-SAYS_NOTHING = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core"}
+READ |= {"bias", "init_lora_weights", "revision"}
+SAYS_NOTHING = {"task_type", "auto_mapping", "peft_version", "inference_mode", "megatron_core"}
 SAYS_NOTHING |= {"qalora_group_size", "runtime_config", "loftq_config", "layers_pattern"}
 # Ways to begin that leave the model's own weights as they are; the others (pissa, olora, loftq ...) change them.
 INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -55,7 +55,7 @@ def read_peft(folder: str | Path) -> Adapter:
         )
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
-    base = Base(str(values.get("base_model_name_or_path") or ""))
+    base = Base(str(values.get("base_model_name_or_path") or ""), revision=values.get("revision"))
     return Adapter(lora, factors, base, str(folder), (folder / CONFIG, path))
 
 
@@ -74,6 +74,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> None:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": lora.rank,
+        "revision": adapter.base.revision,
         "target_modules": list(lora.targets),
         "task_type": "CAUSAL_LM",
         "use_rslora": lora.rslora,

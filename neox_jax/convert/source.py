@@ -15,6 +15,7 @@ from neox_jax.config import ModelConfig, check_choice
 from neox_jax.convert import hf, hub, neox, orbax, peft
 from neox_jax.convert.adapter import (
     Adapter,
+    Base,
     adapter_of,
     attach,
     check_base,
@@ -25,7 +26,7 @@ from neox_jax.convert.adapter import (
 from neox_jax.convert.files import is_partial, read_json, written_whole
 from neox_jax.convert.manifest import MANIFEST, Hashing, identify
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
-from neox_jax.convert.stored import StoredModel, StoredTensor, check_dtype, from_model, padded_for, to_model
+from neox_jax.convert.stored import StoredModel, Wrapped, check_dtype, from_model, padded_for, to_model
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.quantize import quantize_model
@@ -98,11 +99,14 @@ def config_of(source: str | Path, *, mesh=None, revision: str | None = None) -> 
 
 
 def open_base(source: str | Path) -> tuple[str, Adapter | None]:
-    """What a SOURCE is without the adapters that it may have, as a SOURCE, and those. Raises: as `load_model`."""
-    _, folder, found = _open(source, revision=None, adapter=None)
-    if found is not None:
-        return found.base.source, found
-    return (str(source) if not Path(source).exists() else os.path.abspath(folder)), None
+    """What a SOURCE is without the adapters that it may have, as a SOURCE from any working directory, and those.
+
+    Raises: as `load_model`.
+    """
+    kind, folder, found = _open(source, revision=None, adapter=None)
+    base = Base(str(source)) if found is None else found.base
+    is_on_hub = kind == "hf" and not Path(base.source).exists()
+    return (base.source if is_on_hub and base.revision is None else os.path.abspath(folder)), found
 
 
 def identify_source(source: str | Path) -> str:
@@ -136,7 +140,7 @@ def _open(
             f"{source} does not say which model its adapters are for; name that one, and these as --adapter"
         )
     try:
-        kind, folder = _locate_whole(found.base.source, revision=revision, items=items)
+        kind, folder = _locate_whole(found.base.source, revision=revision or found.base.revision, items=items)
     except InputError as error:
         raise InputError(
             f"the model that the adapters in {source} are for: {error}; or name it, and them as --adapter"
@@ -150,7 +154,8 @@ def folder_of(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a SOURCE in which its tokenizer and its manifest are. Raises: as `load_model`."""
     kind, folder = locate(source, revision=revision)
     if kind == "peft" and not (folder / TOKENIZER_FILE).is_file():
-        return folder_of(open_adapter(folder).base.source, revision=revision)
+        base = open_adapter(folder).base
+        return folder_of(base.source, revision=revision or base.revision)
     if kind == "orbax":
         return folder.parent.parent  # beside its checkpoints
     if kind == "neox" and not (folder / TOKENIZER_FILE).is_file() and not (folder / MANIFEST).is_file():
@@ -291,21 +296,8 @@ def _count(stored: StoredModel, progress: Callable[[int, int], None]) -> StoredM
 
 
 @dataclasses.dataclass(frozen=True)
-class _Counted:
-    tensor: StoredTensor
+class _Counted(Wrapped):
     count: Callable[[int], None]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.tensor.dtype)
-
-    @property
-    def row_unit(self) -> int:
-        return getattr(self.tensor, "row_unit", 1)
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         part = self.tensor.read(slices)

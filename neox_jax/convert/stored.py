@@ -66,7 +66,7 @@ class StoredModel:
             return self
         dtype = check_dtype(dtype)
         tensors = {
-            name: tensor if tensor.dtype == dtype else _Cast(name, tensor, dtype)
+            name: tensor if tensor.dtype == dtype else _Cast(tensor, name, dtype)
             for name, tensor in self.tensors.items()
         }
         return dataclasses.replace(self, tensors=tensors)
@@ -109,18 +109,32 @@ def blocks(tensor: StoredTensor) -> Iterator[np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cast:
-    name: str
+class Wrapped:
+    """A stored tensor that is read in another way; the base of those."""
+
     tensor: StoredTensor
-    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape
 
     @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.tensor.dtype)
+
+    @property
     def row_unit(self) -> int:
         return getattr(self.tensor, "row_unit", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cast(Wrapped):
+    name: str
+    wanted: np.dtype
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.wanted
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         part = self.tensor.read(slices)
