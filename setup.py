@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 
 BASE = [
     "jax>=0.10.2,<0.12",
@@ -46,8 +46,16 @@ TEST = [
     "ruff==0.17.5",
 ]
 
+
+class WithDataFiles(Distribution):
+    """Installs data_files with an editable install too, where setuptools asks for them by a name that it has not."""
+
+    has_data = Distribution.has_data_files
+
+
 setup(
     name="neox_jax",
+    distclass=WithDataFiles,
     version="0.1.0",
     description="GPT-NeoX in JAX: train, convert, evaluate and generate with GPT-NeoX-20B and every Pythia.",
     long_description=Path("README.md").read_text(encoding="utf-8"),
@@ -55,6 +63,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["neox_jax", "neox_jax.*"]),
+    data_files=[("../purelib", ["neox_jax/neox_jax_lm_eval.pth"])],  # beside the packages
     install_requires=BASE,
     extras_require={
         "hub": HUB,

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness over our models: the scores that its own `hf` model gives, faster.
 
     neox-jax eval --model SOURCE --tasks lambada_openai,piqa
-    python -m neox_jax.harness run --model neox_jax --model_args pretrained=SOURCE,dtype=float32 --tasks piqa
+    lm_eval --model neox_jax --model_args pretrained=SOURCE,dtype=float32 --tasks piqa
 
 Nothing is prepended to a text but the end-of-text token where a context is empty, and in front of a text that is scored
 as a whole; padded rows of the vocabulary take part, as in Hugging Face's models.
@@ -9,7 +9,6 @@ Source: lm_eval 0.4.13, models/huggingface.py and api/model.py.
 """
 
 import copy
-import sys
 from collections.abc import Callable
 
 from lm_eval.api.model import TemplateLM
@@ -204,9 +203,3 @@ class _Told:
 
     def close(self) -> None:
         pass
-
-
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.exit(cli_evaluate())

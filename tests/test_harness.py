@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, TEXTS, free_port, make_config
+from runs import TEXTS, free_port, make_config
 from test_distributed import Processes, codes_of
 
 import neox_jax
@@ -170,18 +170,23 @@ def test_standard_errors_are_theirs_without_a_fork(folder, monkeypatch):
     assert float(shown) == pytest.approx(wanted, abs=1e-4)
 
 
-def test_by_their_own_command_line(folder, tmp_path):
-    command = [sys.executable, "-m", "neox_jax.harness", "run", "--model", "neox_jax", "--tasks", "choices"]
-    command += [
-        "--model_args",
-        f"pretrained={folder / 'trained'},dtype=float32",
-        "--include_path",
-        str(folder / "tasks"),
-    ]
+def test_by_their_own_command_line(folder):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+    def run(command, *arguments):
+        return subprocess.run(
+            [*command, *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        )
+
+    module, script = [sys.executable, "-m", "lm_eval"], [os.path.join(os.path.dirname(sys.executable), "lm_eval")]
+    arguments = ["--tasks", "choices", "--include_path", folder / "tasks", "--model", "neox_jax", "--model_args"]
+    done = run(script, *arguments, f"pretrained={folder / 'trained'},dtype=float32")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "|choices|" in done.stdout
+    done = run(module, "run", *arguments, "pretrained=nowhere")
+    assert "InputError: no model at nowhere" in done.stderr, done.stderr[-3000:]
+    done = run([sys.executable, "-c", "import sys; print({'lm_eval', 'neox_jax'} & set(sys.modules))"], "lm_eval=1")
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_the_verb(folder, tmp_path, capsys):
