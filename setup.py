@@ -18,7 +18,7 @@ BASE = [
     "PyYAML>=6,<7",
 ]
 HUB = ["huggingface_hub>=2.4,<3"]
-DATA = ["zstandard>=0.25,<1", "jinja2>=3.1,<4"]
+DATA = ["zstandard>=0.25,<1", "jinja2>=3.1,<4", "numba>=0.68,<1"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10"]
 VIZ = ["tensorboardX>=2.6,<3", "matplotlib>=3.11,<4"]
 EVAL = [

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from token_data import open_train, write, write_sizes
 
 from neox_jax.config import DataConfig
-from neox_jax.data import IndexedDataset, IndexedDatasetWriter, MegatronSamples, blend_indices, split_documents
-from neox_jax.data import shuffle as shuffle_module
+from neox_jax.data import (
+    IndexedDataset,
+    IndexedDatasetWriter,
+    MegatronSamples,
+    blend_indices,
+    index_loops,
+    split_documents,
+)
 from neox_jax.data.gpt_neox import build_index
 from neox_jax.data.index import open_samples
 from neox_jax.data.permutation import Interleave, Permutations, mix, permute
@@ -151,50 +157,38 @@ def test_bad_splits_are_refused(split):
         split_documents(split, 10)
 
 
-# --- NumPy's shuffle, done faster
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    size=st.integers(0, 3000),
-    seed=st.integers(0, 2**32 - 1),
-    small=st.sampled_from([1, 64, 1000]),
-    draws=st.sampled_from([1, 4, 16, 512]),
-    swaps=st.sampled_from([3, 4096]),
-    slots=st.sampled_from([4, 1 << 10]),
-)
-def test_shuffle_is_numpys(size, seed, small, draws, swaps, slots):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"SMALL": small, "DRAWS": draws, "SWAPS": swaps, "SLOTS": slots}.items():
-            patch.setattr(shuffle_module, name, value)
-        ours, numpys = np.random.RandomState(seed), np.random.RandomState(seed)
-        x, y = np.arange(size) // 2, np.arange(size) // 2
-        shuffle_module.shuffle(ours, x)
-        numpys.shuffle(y)
-        np.testing.assert_array_equal(x, y)
-        assert ours.randint(2**30) == numpys.randint(2**30)  # nothing more was drawn, and nothing less
+# --- NumPy's shuffle, compiled
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int32, np.int64])
-def test_shuffle_is_numpys_at_the_size_where_it_differs(dtype):
-    x, y = (np.arange(shuffle_module.SMALL * 2 + 77, dtype=dtype) for _ in range(2))
-    ours, numpys = np.random.RandomState(3), np.random.RandomState(3)
-    shuffle_module.shuffle(ours, x)
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(0, 3 * index_loops.BLOCK),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_shuffle_is_numpys(dtype, size, seed):
+    bits, numpys = np.random.MT19937(), np.random.RandomState(seed)
+    ours = np.random.RandomState(bits)
+    ours.seed(seed)
+    x, y = (np.arange(size, dtype=dtype) // 2 for _ in range(2))
+    index_loops.shuffle(bits, x)
     numpys.shuffle(y)
-    np.testing.assert_array_equal(x, y)
-    assert ours.randint(2**30) == numpys.randint(2**30)
+    np.testing.assert_array_equal(x, y, strict=True)
+    assert ours.randint(2**30) == numpys.randint(2**30)  # nothing more was drawn, and nothing less
 
 
-# --- the index in blocks, and its cache
+# --- the index beyond one block, and its cache
 
 
-def test_index_does_not_depend_on_its_blocks(monkeypatch):
-    sizes = np.random.default_rng(0).integers(0, 40, 300).astype(np.int32)
-    arguments = {"documents": range(5, 300), "num_epochs": 3, "seq_length": 7, "seed": 2}
-    whole = build_index(sizes, **arguments)
-    monkeypatch.setattr("neox_jax.data.gpt_neox.BLOCK", 16)
-    for a, b in zip(whole, build_index(sizes, **arguments), strict=True):
-        np.testing.assert_array_equal(a, b, strict=True)
+def test_index_of_many_blocks_equals_the_straight_loop():
+    sizes = np.random.default_rng(0).integers(0, 9, index_loops.BLOCK).astype(np.int32)
+    documents, arguments = range(5, index_loops.BLOCK), {"seq_length": 7, "seed": 2}
+    num_epochs = 3
+    num_samples = (num_epochs * int(sizes[5:].sum()) - 1) // 7
+    wanted = reference_samples(documents, sizes, num_samples=num_samples, **arguments)
+    got = build_index(sizes, documents=documents, num_epochs=num_epochs, **arguments)
+    for a, b in zip(got, wanted, strict=False):
+        np.testing.assert_array_equal(a, b)
 
 
 def indices_of(samples):

@@ -10,10 +10,7 @@ import numpy as np
 
 from neox_jax.data.cache import cached_arrays
 from neox_jax.data.megatron import IndexedDataset
-from neox_jax.data.shuffle import shuffle
 from neox_jax.errors import InputError
-
-BLOCK = 1 << 15  # documents, or samples, worked on at a time: bounds the memory beside the index, and fits a cache
 
 
 class MegatronSamples:
@@ -74,41 +71,23 @@ def build_index(
     sizes: np.ndarray, *, documents: range, num_epochs: int, seq_length: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """doc_idx, sample_idx and shuffle_idx of `MegatronSamples`. sizes: int32 [N] of all documents of the dataset."""
-    random = np.random.RandomState(seed)  # one stream: the order of the two shuffles matters
+    from neox_jax.data.index_loops import locate_samples, shuffle  # its compiler is loaded where an index is made
+
+    bits = np.random.MT19937()
+    np.random.RandomState(bits).seed(seed)  # one stream: the order of the two shuffles matters
     doc_idx = np.empty((num_epochs, len(documents)), np.int32)
     doc_idx[:] = np.arange(documents.start, documents.stop, dtype=np.int32)
     doc_idx = doc_idx.reshape(-1)
-    shuffle(random, doc_idx)
+    shuffle(bits, doc_idx)
     num_tokens = num_epochs * int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
-    sample_idx = _sample_idx(sizes, doc_idx, seq_length, num_tokens)
-    num_samples = len(sample_idx) - 1
-    shuffle_idx = np.arange(num_samples, dtype=np.uint32 if num_samples < 2**32 - 2 else np.int64)
-    shuffle(random, shuffle_idx)
-    return doc_idx, sample_idx, shuffle_idx
-
-
-def _sample_idx(sizes: np.ndarray, doc_idx: np.ndarray, seq_length: int, num_tokens: int) -> np.ndarray:
-    """[n + 1, 2]: of token k * seq_length, for all k that there are, its position in doc_idx and its offset there."""
-    num_entries = (num_tokens - 1) // seq_length + 1
+    num_samples = (num_tokens - 1) // seq_length
     fits_int32 = 2 * ((num_tokens - 1) / seq_length + 1) < np.iinfo(np.int32).max  # gpt-neox's rule, division too
-    sample_idx = np.empty((num_entries, 2), np.int32 if fits_int32 else np.int64)
-    done, end = 0, 0  # entries, and tokens of the documents so far
-    for first in range(0, len(doc_idx), BLOCK):
-        lengths = sizes[doc_idx[first : first + BLOCK]].astype(np.int64)
-        ends = end + np.cumsum(lengths)
-        end = int(ends[-1])
-        starts_after = (ends - 1) // seq_length + 1  # the first sample that starts behind each document
-        stop = int(starts_after[-1])
-        for start in range(done, stop, BLOCK):
-            num = min(BLOCK, stop - start)
-            behind = np.bincount(np.clip(starts_after - start, 0, num), minlength=num)[:num]
-            positions = np.cumsum(behind)  # documents that end before each sample
-            sample_idx[start : start + num, 0] = first + positions
-            tokens = np.arange(start, start + num) * seq_length
-            sample_idx[start : start + num, 1] = tokens - ends[positions] + lengths[positions]
-        done = max(done, stop)
+    sample_idx = np.empty((num_samples + 1, 2), np.int32 if fits_int32 else np.int64)
+    locate_samples(sizes, doc_idx, seq_length, sample_idx)
     sample_idx[0] = 0  # an empty first document is not skipped
-    return sample_idx
+    shuffle_idx = np.arange(num_samples, dtype=np.uint32 if num_samples < 2**32 - 2 else np.int64)
+    shuffle(bits, shuffle_idx)
+    return doc_idx, sample_idx, shuffle_idx
 
 
 def split_documents(split: str, num_documents: int) -> list[int]:
