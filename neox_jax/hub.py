@@ -23,7 +23,7 @@ ROLL_SECONDS = 5  # for all to answer to a roll call
 LEAVE_SECONDS = 5  # for all to leave before process 0, whose end jax would report in its own way
 RETRY_SECONDS = 0.2
 MAX_DIFFERENCES, MAX_NAMED = 3, 10
-AGAIN = "the same command goes on from the last checkpoint"
+AGAIN = "start it again: a run goes on from its last checkpoint"
 
 
 @dataclasses.dataclass(eq=False)

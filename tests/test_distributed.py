@@ -221,12 +221,12 @@ def test_gather_is_by_process(processes, tmp_path):
 
 ENDS = {
     "refuses": ([["refuse", "no data\nhere"]], 65, f"process 1 ({HOST}): no data\nhere"),
-    "dies": ([["kill"]], 75, f"process 1 ({HOST}) is gone; the same command goes on from the last checkpoint"),
+    "dies": ([["kill"]], 75, f"process 1 ({HOST}) is gone; start it again: a run goes on from its last checkpoint"),
     "interrupted": ([["signal", "SIGINT"]], 130, f"process 1 ({HOST}): interrupted"),
     "terminated": (
         [["signal", "SIGTERM"]],
         75,
-        f"process 1 ({HOST}) is gone; the same command goes on from the last checkpoint",
+        f"process 1 ({HOST}) is gone; start it again: a run goes on from its last checkpoint",
     ),
     "differs": (
         [["same", "the data", {"a": 2}]],
@@ -236,8 +236,8 @@ ENDS = {
     "does not come": (
         [["sleep", 60]],
         75,
-        f"process 1 (of 3), on {HOST} (1), did not come to 'the data' within 3 s; the same command goes on from the "
-        "last checkpoint",
+        f"process 1 (of 3), on {HOST} (1), did not come to 'the data' within 3 s; start it again: a run goes on "
+        "from its last checkpoint",
     ),
     "is elsewhere": (
         [["gather", "the weather"]], 1, None,
@@ -267,7 +267,7 @@ def test_process_0_dies(processes, tmp_path):
     plan = {"each": {str(i): {"do": [here, end]} for i, end in enumerate(ends)}}
     outcomes, _, seconds = talk(processes, tmp_path, 3, **plan)
     assert codes_of(outcomes) == [-9, 75, 75]
-    message = f"neox-jax: process 0 ({HOST}) is gone; the same command goes on from the last checkpoint\n"
+    message = f"neox-jax: process 0 ({HOST}) is gone; start it again: a run goes on from its last checkpoint\n"
     assert [err for _, _, err in outcomes[1:]] == [message] * 2
     assert seconds < 10
 
@@ -575,7 +575,7 @@ def test_a_run_that_is_stopped_and_killed(processes, data, tmp_path):
     assert time.monotonic() - killed < 20  # the heartbeat's; it takes a moment
     assert codes_of(outcomes) == [75, -9]
     assert f"going on from step {stopped_at} of {last}" in outcomes[0][1]
-    message = f"neox-jax: process 1 ({HOST}) is gone; the same command goes on from the last checkpoint"
+    message = f"neox-jax: process 1 ({HOST}) is gone; start it again: a run goes on from its last checkpoint"
     assert lines_of(outcomes)[0] == [message]
     saved = list_steps(folder / "checkpoints")[-1]
     assert stopped_at < saved < last

@@ -665,7 +665,7 @@ def test_processes_of_one_machine_train_and_go_on(data, cloud, tmp_path):
     os.kill(children_of(launcher.pid)[1], signal.SIGKILL)
     code, out, err = ended(launcher)
     assert code == 75, err
-    assert "is gone; the same command goes on from the last checkpoint" in err
+    assert "is gone; start it again: a run goes on from its last checkpoint" in err
     saved = list_steps(run / "checkpoints")[-1]
 
     launcher = start()

@@ -17,7 +17,7 @@ from neox_jax.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = socket.gethostname()
-AGAIN = "the same command goes on from the last checkpoint"
+AGAIN = "start it again: a run goes on from its last checkpoint"
 PROGRAM = """
 import json, os, signal, socket, sys, time
 from neox_jax import hub, peers, watchdog
