@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numba
 import numpy as np
 from machine import describe_machine
 
@@ -165,6 +166,7 @@ def main() -> None:
     result = {
         **describe_machine(),
         "numpy": np.__version__,
+        "numba": numba.__version__,
         "jax": jax.__version__,
     }
 
