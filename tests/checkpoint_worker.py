@@ -80,7 +80,7 @@ def die_at(moment: str) -> None:
         commit.write_sums = die
     elif moment == "hashed":
         real = commit.write_sums
-        commit.write_sums = lambda folder: (real(folder), die())
+        commit.write_sums = lambda folder, **options: (real(folder, **options), die())
     elif moment == "named":
         manager.steps_to_remove = die
     elif moment == "removing":

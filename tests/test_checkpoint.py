@@ -271,7 +271,7 @@ def test_what_is_no_damage_moves_nothing(run):
     meta = json.loads((folder / META_FILE).read_text())
     (folder / META_FILE).write_text(json.dumps({**meta, "format": 2}))
     (folder / SUMS).unlink()
-    write_sums(folder)
+    write_sums(folder, beside_training=False)
     before = listing(run)
     with pytest.raises(InputError, match="checkpoint format 2, and this version reads 1; update neox_jax") as caught:
         checkpoints.restore_newest(make_abstract())
@@ -372,10 +372,10 @@ def test_the_last_one_stays_until_the_next_has_its_sums(tmp_path, monkeypatch):
     checkpoints.save(1, state, MODEL, force=True)
     reached, release, real = threading.Event(), threading.Event(), commit.write_sums
 
-    def slow(folder: Path) -> None:
+    def slow(folder: Path, **options) -> None:
         reached.set()
         release.wait(60)
-        real(folder)
+        real(folder, **options)
 
     monkeypatch.setattr(commit, "write_sums", slow)
     checkpoints.save(2, state, MODEL)
@@ -386,7 +386,7 @@ def test_the_last_one_stays_until_the_next_has_its_sums(tmp_path, monkeypatch):
     assert list_steps(folder) == [2]
     assert find_problems(folder / "2") == []
 
-    def broken(folder: Path) -> None:
+    def broken(folder: Path, **_) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(commit, "write_sums", broken)

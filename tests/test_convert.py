@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 from variants import VARIANTS, random_model
 
 import neox_jax
+from neox_jax.checkpoint.streamed import read_leaves
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
-from neox_jax.convert import byte_writer, manifest, source, stored
+from neox_jax.convert import byte_writer, manifest, names, orbax, source, stored
 from neox_jax.convert.hf import load_hf, save_hf
 from neox_jax.convert.neox import save_neox
 from neox_jax.convert.revisions import compare_revisions
@@ -113,6 +114,32 @@ def test_a_sharded_padded_model_is_written_as_it_was_loaded(format, small, tmp_p
     assert stored.compare(source.open_source(small), source.open_source(tmp_path / "out")) == []
     again = neox_jax.load_model(tmp_path / "out")
     assert again.embed_in.embedding[...].shape == (97, 32)
+
+
+def test_a_run_in_many_chunks_keeps_every_bit(small, tmp_path, monkeypatch):
+    """Written from rows as they come, and from a run with other chunks; read back by Orbax and by rows."""
+    folders = [small]
+    for chunk_bytes in (1500, 5000, 700):
+        monkeypatch.setattr(orbax, "CHUNK_BYTES", chunk_bytes)
+        folders.append(tmp_path / str(chunk_bytes))
+        source.convert(folders[-2], folders[-1], format="orbax")
+    arrays = read_leaves(folders[1] / "checkpoints/0/params")
+    kernels = [array for name, array in arrays.items() if name.endswith("kernel")]
+    assert len(kernels) == 4
+    assert all(one.chunk_layout.read_chunk.shape[1:] != one.shape[1:] for one in kernels)
+    model = source.open_source(small)
+    for folder in folders[1:]:
+        assert stored.compare(model, source.open_source(folder)) == []
+        save_hf(neox_jax.load_model(folder), tmp_path / "again" / folder.name)
+        assert stored.compare(model, source.open_source(tmp_path / "again" / folder.name)) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (256, 512), (257, 255), (300, 700)])
+def test_transposed_copies(shape):
+    matrix = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
+    out = names.from_stored(matrix, ((1,), (0,)), shape[::-1])
+    np.testing.assert_array_equal(out, matrix.T)
+    assert out.flags.c_contiguous
 
 
 def test_a_run_on_a_mesh_converts_without_its_padding(small, tmp_path):
@@ -286,7 +313,7 @@ def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
     elif refuses != "nothing":
         monkeypatch.setattr(byte_writer.os, "write", refuse_write)
     size = byte_writer.LARGE_WRITE_BYTES
-    for num_bytes in (0, 1, 4095, 4096, size - 1, size, size + 1, 3 * size + 4097):
+    for num_bytes in (0, 1, 4095, 4096, size - 1, size, size + 1, 9 * size + 4097):
         data = np.random.default_rng(num_bytes).bytes(num_bytes)
         with byte_writer.LargeFile(tmp_path / "file") as file:
             for start in range(0, num_bytes, 700_001):
@@ -305,6 +332,10 @@ def test_manifest_says_what_was_read_and_written(format, small, tmp_path):
         raw = (small / name).read_bytes()
         assert about == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     source.convert(tmp_path / "out", tmp_path / "hf", format="hf")
+    read = json.loads((tmp_path / "hf" / "conversion.json").read_text())["source"]
+    for name, about in read["files"].items():
+        found = [path.read_bytes() for path in (tmp_path / "out").rglob(f"**/{name}")]
+        assert about in [{"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for raw in found], name
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert manifest["tensors"].keys() == written.keys()
     for name, about in manifest["tensors"].items():

@@ -31,8 +31,8 @@ def begin_step(step_folder: Path, items: list[str]) -> None:
         raise
 
 
-def commit_step(folder: Path, meta: dict, handlers: dict[str, ocp.CheckpointHandler]) -> None:
-    """Makes a step of a temporary folder that all processes have written to."""
+def commit_step(folder: Path, meta: dict, handlers: dict[str, ocp.CheckpointHandler], *, beside_training: bool) -> None:
+    """Makes a step of a temporary folder that all processes have written to. Raises: OSError."""
     for item, handler in handlers.items():
         handler.finalize(epath.Path(folder / item))
     (folder / META_FILE).parent.mkdir()
@@ -42,7 +42,7 @@ def commit_step(folder: Path, meta: dict, handlers: dict[str, ocp.CheckpointHand
     about = {"item_handlers": {**known, "meta": ocp.JsonCheckpointHandler.typestr()}, "metrics": {}}
     times = {"init_timestamp_nsecs": time.time_ns(), "commit_timestamp_nsecs": time.time_ns()}
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({**about, **times}), encoding="utf-8")
-    write_sums(folder)
+    write_sums(folder, beside_training=beside_training)
     folder.rename(folder.with_name(folder.name.removesuffix(TEMPORARY)))
     sync(folder.parent)
 

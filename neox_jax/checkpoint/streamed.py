@@ -151,7 +151,7 @@ def save_params(params, folder: Path, model: ModelConfig) -> None:
         with quiet_orbax:
             handler = params_handler(streamed)
             handler.save(epath.Path(partial / "params"), args=ocp.args.PyTreeSave(params))
-            commit_step(partial, make_meta(model, params), {"params": handler})
+            commit_step(partial, make_meta(model, params), {"params": handler}, beside_training=False)
 
     # In a thread, so that Ctrl-C comes here and not into Orbax, whose own threads would go on.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -22,26 +22,33 @@ LOWEST_PRIORITY = 19
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS of all files under `folder`, and waits until everything there is on disk."""
+def write_sums(folder: Path, *, beside_training: bool) -> None:
+    """Writes SHA256SUMS of all files under `folder`, and waits until everything there is on disk. Raises: OSError."""
     # Largest first: the threads, and the processes that share a verification, get equal parts.
     paths = sorted(files_of(folder), key=lambda path: -path.stat().st_size)
-    digests = hash_files(paths)
+    with concurrent.futures.ThreadPoolExecutor(1, "syncing") as thread:
+        synced = [thread.submit(sync, path) for path in paths]
+        digests = hash_files(paths, beside_training=beside_training)
+        for path, future in zip(paths, synced, strict=True):
+            future.result()
+            if isinstance(digests[path], OSError):
+                raise digests[path]
     text = "".join(f"{digests[path]}  {path.relative_to(folder).as_posix()}\n" for path in paths)
     (folder / SUMS).write_text(text, encoding="utf-8")
-    for path in [*paths, folder / SUMS]:
-        sync(path)
+    sync(folder / SUMS)
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
             sync(path)
 
 
-def hash_files(paths: list[Path], progress: Callable[[int], None] | None = None) -> dict[Path, str | OSError]:
+def hash_files(
+    paths: list[Path], progress: Callable[[int], None] | None = None, *, beside_training: bool = False
+) -> dict[Path, str | OSError]:
     """Each file's SHA-256 in hex, or why it cannot be read. progress: called with bytes as they are hashed, from
-    several threads."""
-    # Half of the cores: this goes on beside training.
-    num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
-    with concurrent.futures.ThreadPoolExecutor(num_threads, "hashing", initializer=yield_to_others) as threads:
+    several threads. beside_training: by half of the cores, and after whatever else wants them."""
+    num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // (2 if beside_training else 1)))
+    initializer = yield_to_others if beside_training else None
+    with concurrent.futures.ThreadPoolExecutor(num_threads, "hashing", initializer=initializer) as threads:
         return dict(zip(paths, threads.map(lambda path: _hash_file(path, progress), paths), strict=True))
 
 
@@ -80,7 +87,7 @@ def find_problems(
     if not (step_folder / SUMS).is_file():
         return [f"{SUMS}: missing"] if _claims_sums(step_folder) else None
     try:
-        sums = _read_sums(step_folder / SUMS)
+        sums = read_sums(step_folder)
     except OSError as error:
         return [f"{SUMS}: {_reason(step_folder / SUMS, error)}"]
     if sums is None:
@@ -111,10 +118,13 @@ def _claims_sums(step_folder: Path) -> bool:
         return False  # whoever reads it will say so
 
 
-def _read_sums(path: Path) -> dict[str, str] | None:
-    """Each file's digest by name, in the order in which they are there; None where it is not as we write it."""
+def read_sums(step_folder: Path) -> dict[str, str] | None:
+    """Each file's digest by name, in the order in which they are there; None where they are not as we write them.
+
+    Raises: OSError.
+    """
     try:
-        matches = [_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        matches = [_LINE.fullmatch(line) for line in (step_folder / SUMS).read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         return None
     if not matches or not all(matches):

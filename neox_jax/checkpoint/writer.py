@@ -87,7 +87,7 @@ class StepWriter:
                     self.failure = self.failure or f"process {process_id} ({host}) could not write its part"
                 self._marker(process_id).unlink(missing_ok=True)
             if self.failure is None:
-                commit_step(self._folder, self._meta, handlers)
+                commit_step(self._folder, self._meta, handlers, beside_training=True)
                 self._committed()
         except Exception as error:
             self.failure = self.failure or what_failed(error)

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ class Hashing:
         self._threads = [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hashing") for _ in range(2)]
 
     def __enter__(self) -> "Hashing":
-        self._files = self._threads[0].submit(_hash_files, self._stored.files, self._cancelled)
+        self._files = self._threads[0].submit(_hash_files, self._stored, self._cancelled)
         return self
 
     def __exit__(self, *_) -> None:
@@ -124,9 +125,15 @@ def _bytes(part: np.ndarray) -> memoryview:
     return part.reshape(-1).view(np.uint8).data
 
 
-def _hash_files(paths: tuple[Path, ...], cancelled: threading.Event) -> dict[str, dict]:
+def _hash_files(stored: StoredModel, cancelled: threading.Event) -> dict[str, dict]:
+    """Maps each file's path, from the folder that all of them are in, to its size and SHA-256."""
+    shared = os.path.commonpath([path.parent for path in stored.files]) if stored.files else ""
     digests, buffer = {}, bytearray(HASHED_BYTES)
-    for path in paths:
+    for path in stored.files:
+        name = os.path.relpath(path, shared)
+        if path in stored.digests:
+            digests[name] = {"bytes": path.stat().st_size, "sha256": stored.digests[path]}
+            continue
         digest, num_bytes = hashlib.sha256(), 0
         with open(path, "rb", buffering=0) as file:
             while num_read := file.readinto(buffer):
@@ -134,14 +141,8 @@ def _hash_files(paths: tuple[Path, ...], cancelled: threading.Event) -> dict[str
                     return {}
                 digest.update(memoryview(buffer)[:num_read])
                 num_bytes += num_read
-        digests[_short_name(path, paths)] = {"bytes": num_bytes, "sha256": digest.hexdigest()}
+        digests[name] = {"bytes": num_bytes, "sha256": digest.hexdigest()}
     return digests
-
-
-def _short_name(path: Path, paths: tuple[Path, ...]) -> str:
-    """Its path from the folder that all of them are in."""
-    shared = [parent for parent in path.parents if all(parent in other.parents for other in paths)]
-    return str(path.relative_to(shared[0]) if shared else path)
 
 
 def find_manifest(folder: Path) -> dict | None:

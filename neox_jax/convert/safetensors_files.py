@@ -15,7 +15,7 @@ from neox_jax.convert.byte_reader import FileReader
 from neox_jax.convert.byte_writer import LargeFile
 from neox_jax.convert.files import one_line, parse_json
 from neox_jax.convert.lazy_tensor import LazyTensor, is_representable
-from neox_jax.convert.stored import StoredTensor, blocks, num_bytes
+from neox_jax.convert.stored import StoredTensor, blocks, num_bytes, read_ahead
 from neox_jax.errors import InputError
 
 MAX_HEADER_BYTES = 16 << 20  # the library's limit is 100 MB, which take 14 times that when they are parsed
@@ -84,6 +84,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     with LargeFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            for block in blocks(tensor):
-                file.write(block.reshape(-1).view(np.uint8).data)
+        for block in read_ahead(block for tensor in tensors.values() for block in blocks(tensor)):
+            file.write(block.reshape(-1).view(np.uint8).data)

@@ -230,11 +230,11 @@ def convert(
     check_choice("format", format, FORMATS)
     stored = open_source(source, revision=revision, adapter=adapter).cast(dtype)
     with Hashing(stored) as hashing:
-        if format == "hf":
-            followed = hashing.follow_tensors()
-        else:  # read in another order, or in other layouts
+        if format == "neox":  # which reads the rows of each rank
             hashing.read_tensors()
             followed = stored
+        else:
+            followed = hashing.follow_tensors()
         counted = followed if progress is None else _count(followed, progress)
         tokenizer_json = None if tokenizer is None else tokenizer.to_json()
         about = {"written": {"format": format, "tensor_parallel": tensor_parallel}}

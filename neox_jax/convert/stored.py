@@ -4,10 +4,11 @@ Names and layout are Hugging Face's. Nothing is read before somebody asks, and t
 conversion never holds a model.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +45,7 @@ class StoredModel:
     """A model's configuration and its tensors by full Hugging Face name, layer by layer, without rows that only pad.
 
     place: for messages. files: what they are read from. notes: what whoever converts it should know, a line each.
+    digests: SHA-256, in hex, of those files that were hashed when they were opened.
     """
 
     config: ModelConfig
@@ -51,6 +53,7 @@ class StoredModel:
     place: str
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    digests: Mapping[Path, str] = dataclasses.field(default_factory=dict)
 
     def cast(self, dtype=None) -> "StoredModel":
         """The same with every tensor in one dtype; None is the one that they are stored in.
@@ -106,6 +109,15 @@ def blocks(tensor: StoredTensor) -> Iterator[np.ndarray]:
     rest = tuple(slice(0, size) for size in tensor.shape[1:])
     for start in range(0, tensor.shape[0], step):
         yield np.ascontiguousarray(tensor.read((slice(start, min(start + step, tensor.shape[0])), *rest)))
+
+
+def read_ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same parts, of which one is read in a thread while the one before it is used."""
+    with concurrent.futures.ThreadPoolExecutor(1, "reading") as thread:
+        coming = thread.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            coming = thread.submit(next, parts, None)
+            yield part
 
 
 @dataclasses.dataclass(frozen=True)
