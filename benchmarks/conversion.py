@@ -1,13 +1,14 @@
 """Memory and speed of conversions, beside `cp` of the same files in the same run.
 
-    python benchmarks/conversion.py FOLDER [--layers 4] [--rounds 3] [--output benchmarks/results]
+    python benchmarks/conversion.py FOLDER [--layers 4] [--rounds 3] [--evicted] [--output benchmarks/results]
 
 Makes a checkpoint of GPT-NeoX-20B's width with random weights in FOLDER (which needs about four times its size), in
 shards that are each larger than what a conversion may take. Each round copies it with cp and converts it to each
-format and back to Hugging Face's, one after the other. A conversion ends when what it wrote is on disk, so cp is timed
-to its end and to the end of a sync behind it. A first round is not counted: it touches memory that the machine has not
-given out yet. Memory is RssAnon, sampled from outside every 5 ms. The bound is what it is after the imports, and the
-largest tensor, and 1 GiB.
+format and back to Hugging Face's, one after the other. A conversion ends when what it wrote is on disk, so cp is
+timed to its end and to the end of a sync behind it. A first round is not counted: it touches memory that the machine
+has not given out yet. --evicted: what is read, by cp too, is on disk alone and not in memory, as a checkpoint is that
+was downloaded and is larger than it. Memory is RssAnon, sampled from outside every 5 ms. The bound is what it is
+after the imports, and the largest tensor, and 1 GiB.
 """
 
 import argparse
@@ -96,6 +97,15 @@ def convert(source: Path, destination: Path, format: str) -> tuple[float, int, i
     return seconds, before, peak
 
 
+def evict(folder: Path) -> None:
+    """Has the files under a folder dropped from the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def copy(source: Path, destination: Path) -> tuple[float, float]:
     """Seconds of cp, and until its files are on disk."""
     shutil.rmtree(destination, ignore_errors=True)
@@ -114,6 +124,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--evicted", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +137,11 @@ def main() -> None:
     found = {pair: [] for pair in PAIRS}
     for warm in [False] + [True] * args.rounds:
         for pair in PAIRS:
+            if args.evicted:
+                evict(source)
             cp_seconds, synced_seconds = copy(source, args.folder / "copy")
+            if args.evicted:
+                evict(args.folder / pair[0])
             destination = args.folder / (pair[1] if pair[0] == "source" else f"{pair[0]}-{pair[1]}")
             seconds, before, peak = convert(args.folder / pair[0], destination, pair[1])
             run = {"seconds": seconds, "cp": cp_seconds, "cp_sync": synced_seconds, "before": before, "peak": peak}
@@ -165,10 +180,11 @@ def main() -> None:
             model.num_bytes / 1e9 / run["cp"] for runs in found.values() for run in runs
         ),
         "rounds": args.rounds,
+        "evicted": args.evicted,
     }
     print(json.dumps(result, indent=2))
     if args.output is not None:
-        path = args.output / f"{result['date']}-conversion-cpu.json"
+        path = args.output / f"{result['date']}-conversion{'-evicted' if args.evicted else ''}-cpu.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 
