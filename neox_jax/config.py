@@ -25,6 +25,15 @@ SCHEDULES = ("cosine_floor", "cosine", "linear", "constant")
 ORDERS = ("shuffled", "megatron", "sequential")
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 QUANTIZATIONS = ("int8",)
+SCORING_AXES = ("data", "fsdp", "model")  # of a mesh that a model is evaluated on
+
+
+def parse_scoring_mesh(text: str) -> dict[str, int]:
+    """ "data=2,model=4" (or with colons, where commas have another meaning) -> the sizes. Raises: InputError."""
+    sizes = dict(part.split("=", 1) if "=" in part else (part, "") for part in re.split("[,:]", text))
+    if not all(name in SCORING_AXES and size.removeprefix("-").isdecimal() for name, size in sizes.items()):
+        raise InputError(f"{text!r} is no mesh of {', '.join(SCORING_AXES)}; write data=2,model=4")
+    return {name: int(size) for name, size in sizes.items()}
 
 
 def nearest(name: str, choices) -> str:

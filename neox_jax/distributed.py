@@ -40,6 +40,31 @@ class Place:
             )
 
 
+def find_place(
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: str | None = None,
+    timeout_seconds: int = 300,
+) -> Place | None:
+    """Which of several processes this one is, as it is told; None where it is alone.
+
+    distributed: "auto" is what a launcher says (`detect_place`); "off" is alone, whatever one says.
+    Raises: InputError, also where it is told nothing and a launcher started several.
+    """
+    plain = (coordinator, num_processes, process_id)
+    if plain != (None, None, None):
+        if None in plain or distributed is not None:
+            raise InputError("coordinator, num_processes and process_id go together, and not with distributed")
+        return Place(*plain)
+    if distributed not in (None, "auto", "off"):
+        raise InputError(f"distributed is {distributed!r}; wanted auto or off")
+    if distributed is None:
+        check_alone()
+    return detect_place(timeout_seconds=timeout_seconds) if distributed == "auto" else None
+
+
 def detect_place(*, timeout_seconds: int) -> Place:
     """The place that a launcher gave this process: a TPU pod, SLURM (srun) or Open MPI, as jax finds them.
 

@@ -8,27 +8,35 @@ as a whole; padded rows of the vocabulary take part, as in Hugging Face's models
 Source: lm_eval 0.4.13, models/huggingface.py and api/model.py.
 """
 
+import atexit
+import contextlib
 import copy
+import os
+import sys
 from collections.abc import Callable
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
+from neox_jax.config import parse_scoring_mesh
 from neox_jax.convert.source import load_model
+from neox_jax.distributed import find_place, joined
 from neox_jax.errors import InputError
 from neox_jax.evaluate import check_tokenizer, open_fitting
 from neox_jax.generation import generate
 from neox_jax.metrics import Progress
 from neox_jax.model import NeoX
 from neox_jax.scoring import RequestError, score_continuations
+from neox_jax.sharding import make_mesh
 from neox_jax.tokenizer import Tokenizer
 
 MAX_GEN_TOKS = 256  # where a task does not say
 BATCH_TOKENS = 8192  # of a forward pass where no batch size is given
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # of a task's arguments, taken as they are
 ARGUMENTS = SAMPLING | {"until", "do_sample", "max_gen_toks"}
+PLACE = ("distributed", "coordinator", "num_processes", "process_id")
 
 
 @register_model("neox_jax")
@@ -70,6 +78,28 @@ class NeoxLM(TemplateLM):
         automatic = batch_size in (None, "auto") or str(batch_size).startswith("auto")
         self.batch_tokens = BATCH_TOKENS if automatic else int(batch_size) * self.max_length
         self._source, self._tell = pretrained, tell
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "NeoxLM":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "NeoxLM":
+        """What lm_eval's own command line makes of its --model_args.
+
+        Beside those of `NeoxLM`: mesh as text, "data=2:model=4"; and in one of several processes distributed ("auto"),
+        or coordinator, num_processes and process_id, as `neox-jax eval` has them: then the first alone has results.
+        """
+        place = {name: arg_dict[name] for name in PLACE if name in arg_dict}
+        options = {name: value for name, value in arg_dict.items() if name not in PLACE}
+        peers = _join(place, facts=options)
+        if "mesh" in options:
+            options["mesh"] = make_mesh(**parse_scoring_mesh(str(options["mesh"])))
+        elif peers.num_processes > 1:
+            options["mesh"] = make_mesh(data=-1)
+        if peers.process_id > 0:
+            options["tell"] = lambda line: None
+        return super().create_from_arg_obj(options, additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -203,3 +233,21 @@ class _Told:
 
     def close(self) -> None:
         pass
+
+
+def _join(place: dict, *, facts: dict):
+    """The other processes, if this is one of several, until it ends."""
+    stack = contextlib.ExitStack()
+    peers = stack.enter_context(joined(find_place(**place), facts=facts))
+    if peers.num_processes > 1:
+        peers.end_on_signals()
+        os.environ["LOCAL_RANK"] = str(peers.process_id)  # by which lm_eval knows who has results among many of rank 0
+        atexit.register(_leave, stack)
+    return peers
+
+
+def _leave(stack: contextlib.ExitStack) -> None:
+    if hasattr(sys, "last_value"):  # an error that nobody caught: the others, which wait for this one, end with it
+        sys.stderr.flush()
+        os._exit(1)
+    stack.close()

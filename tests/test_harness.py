@@ -170,22 +170,75 @@ def test_standard_errors_are_theirs_without_a_fork(folder, monkeypatch):
     assert float(shown) == pytest.approx(wanted, abs=1e-4)
 
 
-def test_by_their_own_command_line(folder):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-
-    def run(command, *arguments):
-        return subprocess.run(
-            [*command, *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-        )
-
-    module, script = [sys.executable, "-m", "lm_eval"], [os.path.join(os.path.dirname(sys.executable), "lm_eval")]
-    arguments = ["--tasks", "choices", "--include_path", folder / "tasks", "--model", "neox_jax", "--model_args"]
-    done = run(script, *arguments, f"pretrained={folder / 'trained'},dtype=float32")
+def test_by_their_own_command_line(folder, tmp_path):
+    """As a script, over a mesh, and over two processes of which the first alone says and writes."""
+    model = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "JAX_NUM_CPU_DEVICES": "2"}
+    tasks = ["--tasks", "choices", "--include_path", folder / "tasks", "--model", "neox_jax"]
+    args = f"pretrained={folder / 'trained'},dtype=float32,mesh="
+    script = os.path.join(os.path.dirname(sys.executable), "lm_eval")
+    command = [script, *tasks, "--model_args", f"{args}data=-1", "--output_path", tmp_path / "script"]
+    done = subprocess.run(command, env={**os.environ, **model}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "|choices|" in done.stdout
-    done = run(module, "run", *arguments, "pretrained=nowhere")
-    assert "InputError: no model at nowhere" in done.stderr, done.stderr[-3000:]
-    done = run([sys.executable, "-c", "import sys; print({'lm_eval', 'neox_jax'} & set(sys.modules))"], "lm_eval=1")
+
+    place, processes = f"coordinator=127.0.0.1:{free_port()},num_processes=2,process_id=", Processes()
+    try:
+        for i in range(2):
+            arguments = [*tasks, "--model_args", f"{args}data=2:model=2,{place}{i}", "--output_path", tmp_path / str(i)]
+            processes.start("-m", "lm_eval", "run", *arguments, devices=2)
+        outcomes = processes.wait()
+    finally:
+        processes.close()
+    assert codes_of(outcomes) == [0, 0], outcomes
+    assert ["|choices|" in out for _, out, _ in outcomes] == [True, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "script"]
+    one, two = (
+        json.loads(next((tmp_path / name).rglob("results_*.json")).read_text())["results"]["choices"]
+        for name in ("script", "0")
+    )
+    assert one == two
+    assert {"acc,none", "acc_norm,none"} <= one.keys()
+
+
+def test_a_process_of_theirs_that_fails_ends_the_others(folder):
+    """A model that is not there for one of two; the other is told and does not wait."""
+    place, processes = f"coordinator=127.0.0.1:{free_port()},num_processes=2,process_id=", Processes()
+    code = "import sys, neox_jax.harness\nfrom lm_eval.__main__ import cli_evaluate\n"
+    code += "if sys.argv.pop() == '1': neox_jax.harness.load_model = None\ncli_evaluate()"
+    args = f"pretrained={folder / 'trained'},dtype=float32,{place}"
+    tasks = ["run", "--tasks", "choices", "--include_path", folder / "tasks", "--model", "neox_jax", "--model_args"]
+    try:
+        for i in range(2):
+            processes.start("-c", code, *tasks, f"{args}{i}", i)
+        outcomes = processes.wait()
+    finally:
+        processes.close()
+    assert codes_of(outcomes) == [75, 1], outcomes
+    assert "neox-jax: process 1 (" in outcomes[0][2]
+    assert ") is gone; start it again" in outcomes[0][2]
+    assert "'NoneType' object is not callable" in outcomes[1][2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("mesh=pipe=2", "'pipe=2' is no mesh of data, fsdp, model; write data=2,model=4"),
+        ("mesh=data=3", "mesh data=3 is 3 devices, but there are 8"),
+        ("process_id=1", "coordinator, num_processes and process_id go together, and not with distributed"),
+        ("distributed=on", "distributed is 'on'; wanted auto or off"),
+    ],
+)
+def test_their_arguments_that_cannot_be(wrong, said, folder):
+    from neox_jax.harness import NeoxLM
+
+    with pytest.raises(InputError, match=re.escape(said)):
+        NeoxLM.create_from_arg_string(f"pretrained={folder / 'trained'},{wrong}", {"batch_size": 1})
+
+
+def test_python_starts_without_lm_eval():
+    """Where what is started is not lm_eval the file that names our models for it does nothing."""
+    command = [sys.executable, "-c", "import sys; print({'lm_eval', 'neox_jax'} & set(sys.modules))", "lm_eval=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 

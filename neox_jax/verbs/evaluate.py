@@ -7,6 +7,7 @@ from pathlib import Path
 
 import neox_jax
 from neox_jax.disk import read_text
+from neox_jax.errors import InputError
 from neox_jax.verbs.options import (
     ADAPTER_HELP,
     DTYPES,
@@ -21,7 +22,6 @@ from neox_jax.verbs.options import (
 )
 from neox_jax.verbs.terminal import EXIT_USAGE, usage
 
-SCORING_AXES = ("data", "fsdp", "model")
 TEXT_OPTIONS = ("seq_length", "stride")
 TASKS_OPTIONS = ("num_fewshot", "limit", "include_path", "log_samples", "output", "compare", "steps")
 # What the processes of one evaluation may differ in.
@@ -74,10 +74,12 @@ def _limit(text: str) -> float:
 
 
 def _mesh(text: str) -> dict[str, int]:
-    sizes = dict(part.split("=", 1) if "=" in part else (part, "") for part in text.split(","))
-    if not all(name in SCORING_AXES and size.removeprefix("-").isdecimal() for name, size in sizes.items()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no mesh of {', '.join(SCORING_AXES)}; write data=2,model=4")
-    return {name: int(size) for name, size in sizes.items()}
+    from neox_jax.config import parse_scoring_mesh
+
+    try:
+        return parse_scoring_mesh(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _eval(args) -> int:

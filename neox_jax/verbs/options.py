@@ -66,13 +66,13 @@ def joined(args, *, facts: dict, problem: InputError | None = None):
     """The other processes, if this is one of several: see `distributed.joined`."""
     from neox_jax import distributed
 
-    place = None
-    if args.coordinator is not None:
-        place = distributed.Place(args.coordinator, args.num_processes, args.process_id)
-    elif args.distributed == "auto":
-        place = distributed.detect_place(timeout_seconds=args.distributed_timeout)
-    elif args.distributed is None:
-        distributed.check_alone()
+    place = distributed.find_place(
+        coordinator=args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        distributed=args.distributed,
+        timeout_seconds=args.distributed_timeout,
+    )
     return distributed.joined(
         place,
         facts=facts,
