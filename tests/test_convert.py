@@ -358,6 +358,17 @@ def test_tensors_hashed_as_they_are_written_have_the_digests_of_whole_ones(forma
     }
 
 
+def test_a_manifest_of_a_folder_named_from_here(small, tmp_path, monkeypatch):
+    """Relative to the working directory, of a checkpoint whose own files are and of one whose are not."""
+    monkeypatch.chdir(tmp_path)
+    source.convert("small", "run", format="orbax")
+    source.convert("run", "again", format="hf")
+    source.convert("run/checkpoints/0", "more", format="hf")
+    one, other = (json.loads(Path(name, "conversion.json").read_text())["source"] for name in ("again", "more"))
+    assert one["files"] == other["files"]
+    assert "_METADATA" in one["files"]
+
+
 def test_a_tensor_that_is_not_read_in_order_is_not_hashed_as_if_it_were(small):
     with manifest.Hashing(source.open_source(small)) as hashing:
         tensor = hashing.follow_tensors().tensors["gpt_neox.embed_in.weight"]

@@ -27,7 +27,7 @@ from neox_jax.model import init_model
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, "CHANGELOG.md", "benchmarks/README.md", "launch/README.md", "notebooks/README.md"]
-COMMANDS = ("neox-jax", "make", "python", "pip", "bash", "hf", "srun", "gcloud", "tensorboard")
+COMMANDS = ("neox-jax", "lm_eval", "make", "python", "pip", "bash", "hf", "srun", "gcloud", "tensorboard")
 REASONS = ("synopsis", "needs: network", "needs: tpu", "needs: gpu", "needs: hosts", "needs: minutes")
 SMALLER = {  # numbers of the pages that would take hours or are of other data: what is run in their place
     "--config.train.steps=150000": "--config.train.steps=6",

@@ -25,7 +25,7 @@ from neox_jax.checkpoint.steps import STEPS_FOLDER, DamagedError, make_meta, tem
 from neox_jax.config import ModelConfig
 from neox_jax.tree import map_named
 
-IN_FLIGHT_BYTES = 256 << 20  # handed to TensorStore and not yet written; one part at least
+IN_FLIGHT_BYTES = 64 << 20  # handed to TensorStore and not yet written; one part at least
 
 
 class Parts(Protocol):

@@ -127,7 +127,7 @@ def _bytes(part: np.ndarray) -> memoryview:
 
 def _hash_files(stored: StoredModel, cancelled: threading.Event) -> dict[str, dict]:
     """Maps each file's path, from the folder that all of them are in, to its size and SHA-256."""
-    shared = os.path.commonpath([path.parent for path in stored.files]) if stored.files else ""
+    shared = os.path.commonpath([os.path.abspath(path.parent) for path in stored.files]) if stored.files else ""
     digests, buffer = {}, bytearray(HASHED_BYTES)
     for path in stored.files:
         name = os.path.relpath(path, shared)
