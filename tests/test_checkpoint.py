@@ -1,5 +1,6 @@
 """Checkpoints that can be trusted: sums, damage of every kind, full and read-only disks, kills, policies, the verbs."""
 
+import concurrent.futures
 import dataclasses
 import errno
 import json
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ from neox_jax.checkpoint import commit, manager
 from neox_jax.checkpoint.digest import digest_arrays, digest_step
 from neox_jax.checkpoint.manager import RunCheckpoints, is_due, steps_to_remove
 from neox_jax.checkpoint.steps import META_FILE, TEMPORARY, DamagedError, list_steps, read_meta
+from neox_jax.checkpoint.streamed import StreamedHandler
 from neox_jax.checkpoint.sums import SUMS, find_problems, hash_files, write_sums
 from neox_jax.cli import main
 from neox_jax.config import CheckpointConfig, ModelConfig
@@ -431,6 +434,30 @@ def worker(*arguments, **environment) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def test_a_failed_save_leaves_nothing_though_orbax_still_writes(tmp_path, monkeypatch):
+    """Its metadata, for one, which it does not stop writing where the arrays have no room."""
+    checkpoints, said = open_run(tmp_path, every=1)
+    save, thread = ocp.PyTreeCheckpointHandler.async_save, concurrent.futures.ThreadPoolExecutor(1)
+
+    def write_late(folder: Path) -> None:
+        time.sleep(0.3)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    async def save_and_more(self, directory, **options):
+        return [*await save(self, directory, **options), thread.submit(write_late, Path(directory) / "late")]
+
+    def no_room(self, values, infos) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", save_and_more)
+    monkeypatch.setattr(StreamedHandler, "_write", no_room)
+    assert checkpoints.save(1, make_state(0), MODEL)
+    checkpoints.close()
+    thread.shutdown()
+    assert os.listdir(tmp_path / "checkpoints") == []
+    assert "could not be written: No space left on device" in said[0]
+
+
 def outcome(child: subprocess.Popen) -> tuple[int, str, str]:
     try:
         out, err = child.communicate(timeout=120)
@@ -452,7 +479,8 @@ def test_killed_at_any_moment(tmp_path, wanted):
 
 def test_a_full_disk():
     done = in_a_small_disk("/mnt", "16m", sys.executable, WORKER, "full", "/mnt")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "survived 4\n", "")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("survived 4\n", "")
 
 
 def test_a_run_on_a_disk_with_room_for_one(data):

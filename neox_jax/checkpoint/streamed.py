@@ -4,6 +4,7 @@ The writing is TensorStore's and ours. Orbax's own writers of arrays stop waitin
 disk for one, and the others go on in a folder that is being removed.
 """
 
+import asyncio
 import collections
 import concurrent.futures
 import dataclasses
@@ -120,6 +121,26 @@ def params_handler(streamed: StreamedHandler) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
+def save_tree(handler: ocp.PyTreeCheckpointHandler, folder: Path, tree) -> None:
+    """Writes a tree of `StreamedArray`s into a folder. Whatever fails, nothing is written after this returns.
+
+    Orbax's own `save` waits for no other of its writers (of metadata, which makes the folder where it is gone) once one
+    has failed.
+    """
+
+    async def save() -> None:
+        failed = None
+        for writing in await handler.async_save(epath.Path(folder), args=ocp.args.PyTreeSave(tree)) or ():
+            try:
+                writing.result()
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    asyncio.run(save())
+
+
 def copy_to_host(tree):
     """A tree of jax arrays as one of `StreamedArray`s, of what this process has to write of them.
 
@@ -150,7 +171,7 @@ def save_params(params, folder: Path, model: ModelConfig) -> None:
     def save() -> None:
         with quiet_orbax:
             handler = params_handler(streamed)
-            handler.save(epath.Path(partial / "params"), args=ocp.args.PyTreeSave(params))
+            save_tree(handler, partial / "params", params)
             commit_step(partial, make_meta(model, params), {"params": handler}, beside_training=False)
 
     # In a thread, so that Ctrl-C comes here and not into Orbax, whose own threads would go on.

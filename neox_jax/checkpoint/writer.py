@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import orbax.checkpoint as ocp
-from etils import epath
 
 from neox_jax.checkpoint.commit import commit_step, quiet_orbax, what_failed
 from neox_jax.checkpoint.steps import temporary_of
-from neox_jax.checkpoint.streamed import StreamedHandler, copy_to_host, params_handler
+from neox_jax.checkpoint.streamed import StreamedHandler, copy_to_host, params_handler, save_tree
 from neox_jax.checkpoint.sums import yield_to_others
 from neox_jax.peers import Alone, Peers
 
@@ -74,7 +73,7 @@ class StepWriter:
     def _write(self, handlers: dict[str, ocp.PyTreeCheckpointHandler]) -> None:
         """Writes what this process has of the arrays."""
         for item, handler in handlers.items():
-            handler.save(epath.Path(self._folder / item), args=ocp.args.PyTreeSave(self._trees.pop(item)))
+            save_tree(handler, self._folder / item, self._trees.pop(item))
         if self._peers.process_id != 0:
             self._marker(self._peers.process_id).touch()
 
