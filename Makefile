@@ -6,7 +6,7 @@ OUT := runs/quickstart
 
 .PHONY: quickstart test docs lint clean libtpu
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt neox_jax/neox_jax_lm_eval.pth
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[data,viz]"

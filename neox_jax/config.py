@@ -29,7 +29,7 @@ SCORING_AXES = ("data", "fsdp", "model")  # of a mesh that a model is evaluated 
 
 
 def parse_scoring_mesh(text: str) -> dict[str, int]:
-    """ "data=2,model=4" (or with colons, where commas have another meaning) -> the sizes. Raises: InputError."""
+    """The sizes of a mesh, from "data=2,model=4", or with colons for commas. Raises: InputError."""
     sizes = dict(part.split("=", 1) if "=" in part else (part, "") for part in re.split("[,:]", text))
     if not all(name in SCORING_AXES and size.removeprefix("-").isdecimal() for name, size in sizes.items()):
         raise InputError(f"{text!r} is no mesh of {', '.join(SCORING_AXES)}; write data=2,model=4")

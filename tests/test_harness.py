@@ -235,11 +235,13 @@ def test_their_arguments_that_cannot_be(wrong, said, folder):
         NeoxLM.create_from_arg_string(f"pretrained={folder / 'trained'},{wrong}", {"batch_size": 1})
 
 
-def test_python_starts_without_lm_eval():
-    """Where what is started is not lm_eval the file that names our models for it does nothing."""
-    command = [sys.executable, "-c", "import sys; print({'lm_eval', 'neox_jax'} & set(sys.modules))", "lm_eval=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("set()\n", "")
+def test_python_starts_without_lm_eval(tmp_path):
+    """Where what is started is not lm_eval the file that names our models for it does nothing, as in `pip install`."""
+    code = "import sys; print({'lm_eval', 'neox_jax'} & set(sys.modules))"
+    (tmp_path / "pip").write_text(code)
+    for command in (["-c", code, "lm_eval"], [tmp_path / "pip", "install", "lm_eval"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == ("set()\n", ""), command
 
 
 def test_the_verb(folder, tmp_path, capsys):

@@ -180,6 +180,13 @@ def test_shuffle_is_numpys(dtype, size, seed):
 # --- the index beyond one block, and its cache
 
 
+def test_without_numba_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "neox_jax.data.index_loops")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(InputError, match=r"needs the numba package: pip install 'neox_jax\[data\]'"):
+        build_index(np.array([5], np.int32), documents=range(1), num_epochs=1, seq_length=2, seed=0)
+
+
 def test_index_of_many_blocks_equals_the_straight_loop():
     sizes = np.random.default_rng(0).integers(0, 9, index_loops.BLOCK).astype(np.int32)
     documents, arguments = range(5, index_loops.BLOCK), {"seq_length": 7, "seed": 2}
