@@ -1,9 +1,11 @@
 """Conversions as a whole: exact along every path, bounded in memory, whole or not there, and accounted for."""
 
+import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -14,15 +16,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from variants import VARIANTS, random_model
 
 import neox_jax
+from neox_jax.checkpoint import tensor_files
 from neox_jax.checkpoint.streamed import read_leaves
 from neox_jax.cli import main
 from neox_jax.config import ModelConfig
-from neox_jax.convert import byte_writer, manifest, names, orbax, source, stored
+from neox_jax.convert import byte_writer, manifest, names, source, stored
 from neox_jax.convert.hf import load_hf, save_hf
 from neox_jax.convert.neox import save_neox
 from neox_jax.convert.revisions import compare_revisions
@@ -120,7 +124,7 @@ def test_a_run_in_many_chunks_keeps_every_bit(small, tmp_path, monkeypatch):
     """Written from rows as they come, and from a run with other chunks; read back by Orbax and by rows."""
     folders = [small]
     for chunk_bytes in (1500, 5000, 700):
-        monkeypatch.setattr(orbax, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk_bytes)
         folders.append(tmp_path / str(chunk_bytes))
         source.convert(folders[-2], folders[-1], format="orbax")
     arrays = read_leaves(folders[1] / "checkpoints/0/params")
@@ -132,6 +136,27 @@ def test_a_run_in_many_chunks_keeps_every_bit(small, tmp_path, monkeypatch):
         assert stored.compare(model, source.open_source(folder)) == []
         save_hf(neox_jax.load_model(folder), tmp_path / "again" / folder.name)
         assert stored.compare(model, source.open_source(tmp_path / "again" / folder.name)) == []
+
+
+@pytest.mark.parametrize("chunk_bytes", [1500, 1 << 20])
+def test_files_of_a_converted_run_are_the_tensors_and_an_ending(chunk_bytes, small, tmp_path, monkeypatch):
+    """The sums that were made on the way are the files'; Orbax alone restores the arrays."""
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk_bytes)
+    source.convert(small, tmp_path / "run", format="orbax")
+    step = tmp_path / "run/checkpoints/0"
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=step, check=True)
+    wanted = load_file(small / "model.safetensors")
+    for row in names.ROWS:
+        for layer in row.layers((2,)):
+            (file,) = (step / "params" / row.name).glob("c.0*" if layer is None else f"c.{layer}.*")
+            tensor = wanted[row.hf_name(layer)].tobytes()
+            assert file.read_bytes().startswith(tensor)
+            assert len(file.read_bytes()) > len(tensor)
+    restored = ocp.PyTreeCheckpointer().restore(step / "params")
+    kernel = wanted["gpt_neox.layers.1.attention.query_key_value.weight"]
+    found = restored["layers"]["attention"]["query_key_value"]["kernel"]
+    np.testing.assert_array_equal(found[1], kernel.T.reshape(found.shape[1:]))
+    np.testing.assert_array_equal(restored["embed_out"]["embedding"], wanted["embed_out.weight"])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (256, 512), (257, 255), (300, 700)])
@@ -294,7 +319,7 @@ def test_room_that_runs_out_leaves_nothing(format, large, tmp_path):
 
 
 @pytest.mark.parametrize("refuses", ["nothing", "direct writes", "direct writes, when they come"])
-def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
+def test_large_files_hold_what_was_written(refuses, tmp_path, monkeypatch):
     """Of every size around its buffer, in pieces; also on file systems that cannot write past the page cache."""
     set_flags, write = fcntl.fcntl, os.write
 
@@ -312,13 +337,15 @@ def test_a_large_file_holds_what_was_written(refuses, tmp_path, monkeypatch):
         monkeypatch.setattr(byte_writer.fcntl, "fcntl", refuse_flag)
     elif refuses != "nothing":
         monkeypatch.setattr(byte_writer.os, "write", refuse_write)
-    size = byte_writer.LARGE_WRITE_BYTES
+    size = byte_writer.BUFFER_BYTES
     for num_bytes in (0, 1, 4095, 4096, size - 1, size, size + 1, 9 * size + 4097):
         data = np.random.default_rng(num_bytes).bytes(num_bytes)
-        with byte_writer.LargeFile(tmp_path / "file") as file:
-            for start in range(0, num_bytes, 700_001):
-                file.write(data[start : start + 700_001])
-        assert (tmp_path / "file").read_bytes() == data
+        with byte_writer.LargeFiles() as files:
+            for name in ("one", "other"):
+                with files.create(tmp_path / name) as file:
+                    for start in range(0, num_bytes, 700_001):
+                        file.write(data[start : start + 700_001])
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes() == data
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -348,7 +375,7 @@ def test_tensors_hashed_as_they_are_written_have_the_digests_of_whole_ones(forma
     """In many blocks, and whatever the format that they are read from."""
     source.convert(small, tmp_path / "first", format=format)
     monkeypatch.setattr(stored, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(manifest, "WAITING_BYTES", 2500)
+    monkeypatch.setattr(byte_writer, "BUFFER_BYTES", 2 * mmap.PAGESIZE)
     source.convert(tmp_path / "first", tmp_path / "again", format="hf")
     found = json.loads((tmp_path / "again" / "conversion.json").read_text())["tensors"]
     wanted = load_file(small / "model.safetensors")
@@ -369,14 +396,28 @@ def test_a_manifest_of_a_folder_named_from_here(small, tmp_path, monkeypatch):
     assert "_METADATA" in one["files"]
 
 
-def test_a_tensor_that_is_not_read_in_order_is_not_hashed_as_if_it_were(small):
-    with manifest.Hashing(source.open_source(small)) as hashing:
-        tensor = hashing.follow_tensors().tensors["gpt_neox.embed_in.weight"]
-        with pytest.raises(AssertionError, match="rows"):
-            tensor.read((slice(1, 2), slice(0, 32)))
-        tensor.read((slice(0, 1), slice(0, 32)))
-        with pytest.raises(AssertionError, match="rows"):
-            tensor.read((slice(1, 2), slice(0, 16)))
+@pytest.mark.parametrize("order", ["as in the file", "another", "half of them cast"])
+def test_files_have_their_digests_in_whatever_order_they_are_read(order, small, tmp_path):
+    """As the library writes them, sorted by name, with an old export's buffers between the parameters."""
+    folder, arrays = tmp_path / "sorted", load_file(small / "model.safetensors")
+    folder.mkdir()
+    for layer in (0, 1):
+        arrays[f"gpt_neox.layers.{layer}.attention.masked_bias"] = np.full((), -1e9, np.float32)
+    if order == "half of them cast":
+        arrays = {name: array.astype(np.float16) if ".mlp." in name else array for name, array in arrays.items()}
+    save_file(arrays, folder / "model.safetensors")
+    shutil.copy(small / "config.json", folder)
+    model = source.open_source(folder).cast("float32")
+    assert list(model.tensors) != list(source.open_source(small).tensors)
+    if order == "another":
+        model = dataclasses.replace(model, tensors=dict(reversed(model.tensors.items())))
+    with manifest.Hashing(model, while_written=True) as hashing:
+        save_hf(model, tmp_path / "out", digests=hashing.digests, finish=hashing.write)
+    found = json.loads((tmp_path / "out/conversion.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        raw = (folder / name).read_bytes()
+        assert found["source"]["files"][name] == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    assert found["tensors"] == manifest.hash_tensors(source.open_source(tmp_path / "out"))
 
 
 def test_verify_finds_what_changed_since_it_was_written(small, tmp_path, capsys):

@@ -670,11 +670,11 @@ def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
 
     write = hf.write_safetensors
 
-    def interrupted(path, tensors):
+    def interrupted(path, *args):
         if written:
             raise KeyboardInterrupt
         written.append(path)
-        write(path, tensors)
+        write(path, *args)
         assert not is_hf_folder(path.parent), "a folder half written must not look finished"
 
     monkeypatch.setattr(hf, "write_safetensors", interrupted)

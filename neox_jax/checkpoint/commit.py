@@ -7,12 +7,14 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import orbax.checkpoint as ocp
 from etils import epath
 
-from neox_jax.checkpoint.steps import META_FILE, TEMPORARY, temporary_of
+from neox_jax.checkpoint.steps import META_FILE, STEPS_FOLDER, TEMPORARY, temporary_of
 from neox_jax.checkpoint.sums import write_sums
 from neox_jax.disk import sync
 
@@ -31,8 +33,18 @@ def begin_step(step_folder: Path, items: list[str]) -> None:
         raise
 
 
-def commit_step(folder: Path, meta: dict, handlers: dict[str, ocp.CheckpointHandler], *, beside_training: bool) -> None:
-    """Makes a step of a temporary folder that all processes have written to. Raises: OSError."""
+def commit_step(
+    folder: Path,
+    meta: dict,
+    handlers: dict[str, ocp.CheckpointHandler],
+    *,
+    beside_training: bool,
+    digests: Mapping[Path, str] = MappingProxyType({}),
+) -> None:
+    """Makes a step of a temporary folder that all processes have written to. digests: as in `write_sums`.
+
+    Raises: OSError.
+    """
     for item, handler in handlers.items():
         handler.finalize(epath.Path(folder / item))
     (folder / META_FILE).parent.mkdir()
@@ -42,9 +54,24 @@ def commit_step(folder: Path, meta: dict, handlers: dict[str, ocp.CheckpointHand
     about = {"item_handlers": {**known, "meta": ocp.JsonCheckpointHandler.typestr()}, "metrics": {}}
     times = {"init_timestamp_nsecs": time.time_ns(), "commit_timestamp_nsecs": time.time_ns()}
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({**about, **times}), encoding="utf-8")
-    write_sums(folder, beside_training=beside_training)
+    write_sums(folder, beside_training=beside_training, digests=digests)
     folder.rename(folder.with_name(folder.name.removesuffix(TEMPORARY)))
     sync(folder.parent)
+
+
+def write_step_zero(
+    folder: Path, meta: dict, write_params: Callable[[Path], tuple[ocp.CheckpointHandler, Mapping[Path, str]]]
+) -> None:
+    """Makes step 0 of a run folder, of parameters alone. Raises: OSError, and what `write_params` does.
+
+    write_params: writes them into a folder and returns Orbax's handler of them, and `digests` as in `write_sums`.
+    """
+    step = (folder / STEPS_FOLDER).absolute() / "0"
+    partial = temporary_of(step)
+    begin_step(step, ["params"])
+    with quiet_orbax:
+        handler, digests = write_params(partial / "params")
+        commit_step(partial, meta, {"params": handler}, beside_training=False, digests=digests)
 
 
 def what_failed(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -21,9 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from neox_jax.checkpoint.commit import begin_step, commit_step, quiet_orbax
-from neox_jax.checkpoint.steps import STEPS_FOLDER, DamagedError, make_meta, temporary_of
-from neox_jax.config import ModelConfig
+from neox_jax.checkpoint.steps import DamagedError
 from neox_jax.tree import map_named
 
 IN_FLIGHT_BYTES = 64 << 20  # handed to TensorStore and not yet written; one part at least
@@ -121,11 +119,13 @@ def params_handler(streamed: StreamedHandler) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def save_tree(handler: ocp.PyTreeCheckpointHandler, folder: Path, tree) -> None:
-    """Writes a tree of `StreamedArray`s into a folder. Whatever fails, nothing is written after this returns.
+def save_tree(
+    handler: ocp.PyTreeCheckpointHandler, folder: Path, tree, *, interrupted: Callable[[], None] = lambda: None
+) -> None:
+    """Writes a tree into a folder. Whatever fails, nothing is written after this returns.
 
     Orbax's own `save` waits for no other of its writers (of metadata, which makes the folder where it is gone) once one
-    has failed.
+    has failed. interrupted: called on Ctrl-C, which comes here, and not into Orbax, whose own threads would go on.
     """
 
     async def save() -> None:
@@ -138,7 +138,12 @@ def save_tree(handler: ocp.PyTreeCheckpointHandler, folder: Path, tree) -> None:
         if failed is not None:
             raise failed
 
-    asyncio.run(save())
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(asyncio.run, save()).result()
+        except BaseException:
+            interrupted()
+            raise
 
 
 def copy_to_host(tree):
@@ -161,28 +166,6 @@ def copy_to_host(tree):
     return map_named(to_streamed, tree, shards)
 
 
-def save_params(params, folder: Path, model: ModelConfig) -> None:
-    """Writes parameters alone, a tree of `StreamedArray`s, as step 0 under `folder`."""
-    final = (Path(folder) / STEPS_FOLDER).absolute() / "0"
-    partial = temporary_of(final)
-    begin_step(final, ["params"])
-    streamed = StreamedHandler()
-
-    def save() -> None:
-        with quiet_orbax:
-            handler = params_handler(streamed)
-            save_tree(handler, partial / "params", params)
-            commit_step(partial, make_meta(model, params), {"params": handler}, beside_training=False)
-
-    # In a thread, so that Ctrl-C comes here and not into Orbax, whose own threads would go on.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        try:
-            thread.submit(save).result()
-        except BaseException:
-            streamed.cancelled.set()
-            raise
-
-
 def read_leaves(folder: Path) -> dict[str, ts.TensorStore]:
     """Maps the name of each array that is stored in a folder, with dots as in the tree, to it, to read parts of.
 
@@ -192,9 +175,13 @@ def read_leaves(folder: Path) -> dict[str, ts.TensorStore]:
         about = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         keys = [one["key_metadata"] for one in about["tree_metadata"].values() if not _is_empty(one)]
         driver = "zarr3" if about.get("use_zarr3", False) else "zarr"
-        base = {"driver": "ocdbt", "base": f"file://{folder.absolute()}"}
+        store = {"driver": "file", "path": f"{folder.absolute()}/"}
         names = sorted(".".join(str(key["key"]) for key in path) for path in keys)
-        specs = {name: {"driver": driver, "kvstore": {**base, "path": f"{name}/"}} for name in names}
+        if about.get("use_ocdbt", True):
+            places = {name: {"driver": "ocdbt", "base": store, "path": f"{name}/"} for name in names}
+        else:
+            places = {name: {**store, "path": f"{store['path']}{name}/"} for name in names}
+        specs = {name: {"driver": driver, "kvstore": places[name]} for name in names}
         opened = {name: ts.open(spec, open=True, read=True) for name, spec in specs.items()}
         return {name: future.result() for name, future in opened.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from neox_jax.checkpoint.steps import files_of, should_have_sums
 from neox_jax.disk import sync
@@ -22,18 +23,22 @@ LOWEST_PRIORITY = 19
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_sums(folder: Path, *, beside_training: bool) -> None:
-    """Writes SHA256SUMS of all files under `folder`, and waits until everything there is on disk. Raises: OSError."""
+def write_sums(folder: Path, *, beside_training: bool, digests: Mapping[Path, str] = MappingProxyType({})) -> None:
+    """Writes SHA256SUMS of all files under `folder`, and waits until everything there is on disk.
+
+    digests: those of files that were hashed as they were written, in hex. Raises: OSError.
+    """
     # Largest first: the threads, and the processes that share a verification, get equal parts.
     paths = sorted(files_of(folder), key=lambda path: -path.stat().st_size)
     with concurrent.futures.ThreadPoolExecutor(1, "syncing") as thread:
         synced = [thread.submit(sync, path) for path in paths]
-        digests = hash_files(paths, beside_training=beside_training)
+        unknown = [path for path in paths if path not in digests]
+        found = {**digests, **hash_files(unknown, beside_training=beside_training)}
         for path, future in zip(paths, synced, strict=True):
             future.result()
-            if isinstance(digests[path], OSError):
-                raise digests[path]
-    text = "".join(f"{digests[path]}  {path.relative_to(folder).as_posix()}\n" for path in paths)
+            if isinstance(found[path], OSError):
+                raise found[path]
+    text = "".join(f"{found[path]}  {path.relative_to(folder).as_posix()}\n" for path in paths)
     (folder / SUMS).write_text(text, encoding="utf-8")
     sync(folder / SUMS)
     for path in [*folder.rglob("*"), folder]:

@@ -16,7 +16,9 @@ CHUNK_BYTES = 8 << 20  # what is read and not kept is read in pieces of this
 
 
 class ByteReader:
-    """Bounds-checked reads of bytes in memory."""
+    """Bounds-checked reads of bytes in memory. path: of the file that this is all of, or None."""
+
+    path: str | None = None
 
     def __init__(self, data: bytes):
         self._data, self.name, self.num_bytes = memoryview(data), "the given bytes", len(data)
@@ -52,7 +54,7 @@ class FileReader(ByteReader):
 
     def __init__(self, path: Path):
         self.name = ascii(str(path))[1:-1]
-        self._path = os.path.abspath(path)  # of the working directory that it is now
+        self.path = os.path.abspath(path)  # of the working directory that it is now
         with self._opened() as descriptor:
             status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -76,7 +78,7 @@ class FileReader(ByteReader):
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise InputError(f"{self.name} is not there; check the path, or download it again") from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name

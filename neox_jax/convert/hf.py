@@ -16,6 +16,7 @@ from neox_jax.convert.files import join_problems, one_line, read_json, to_json, 
 from neox_jax.convert.lazy_tensor import LazyTensor
 from neox_jax.convert.safetensors_files import open_safetensors, write_safetensors
 from neox_jax.convert.stored import (
+    Digests,
     StoredModel,
     StoredTensor,
     expected_shapes,
@@ -69,7 +70,7 @@ def read_hf(folder: str | Path) -> StoredModel:
     problems += [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name in absent]
     if problems:
         raise InputError(f"{folder}: {join_problems(problems)}")
-    tensors = {name: found[name].tensor for name in wanted}
+    tensors = {name: one.tensor for name, one in found.items() if name in wanted}  # as they are in the files
     return StoredModel(config, tensors, str(folder), (folder / CONFIG, *files))
 
 
@@ -79,19 +80,20 @@ def save_hf(
     *,
     tokenizer_json: str | None = None,
     max_shard_bytes: float = 5e9,
+    digests: Digests | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a Hugging Face folder that transformers loads, in the model's own dtype.
 
     model: a model that is stored somewhere, or any pytree of a model's structure (gradients too) on any mesh of this
-    process's devices. tokenizer_json: the text of a tokenizer.json. finish: called with the folder that all is in
-    before it gets its name.
+    process's devices. tokenizer_json: the text of a tokenizer.json. digests: gets the tensors'. finish: called with the
+    folder that all is in before it gets its name.
     Raises: InputError if folder has something in it, there is no room, or the tokenizer has ids that the model has not.
     """
     stored = model if isinstance(model, StoredModel) else from_model(model)
     files = _text_files(stored, tokenizer_json)
     with written_whole(Path(folder), stored.num_bytes) as partial:
-        _write_weights(stored, partial, max_shard_bytes)
+        _write_weights(stored, partial, max_shard_bytes, digests)
         if finish is not None:
             finish(partial)
         for name, text in files.items():
@@ -235,7 +237,7 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 # ---- writing
 
 
-def _write_weights(stored: StoredModel, folder: Path, max_shard_bytes: float) -> None:
+def _write_weights(stored: StoredModel, folder: Path, max_shard_bytes: float, digests: Digests | None) -> None:
     shards, shard_bytes = [], 0
     for name, tensor in stored.tensors.items():
         if not shards or shard_bytes + num_bytes(tensor) > max_shard_bytes:
@@ -248,7 +250,7 @@ def _write_weights(stored: StoredModel, folder: Path, max_shard_bytes: float) ->
     for i, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.{suffix}"
         weight_map |= dict.fromkeys(shard, file)
-        write_safetensors(folder / file, shard)
+        write_safetensors(folder / file, shard, digests)
     if len(shards) > 1:
         index = {"metadata": {"total_size": stored.num_bytes}, "weight_map": weight_map}
         (folder / INDEX).write_text(to_json(index), encoding="utf-8")

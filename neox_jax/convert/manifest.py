@@ -4,96 +4,122 @@ A tensor's digest is of its bytes under Hugging Face's name, in that layout, wha
 same weights have the same digests everywhere.
 """
 
-import collections
 import concurrent.futures
-import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 import neox_jax
+from neox_jax.convert.byte_reader import FileReader
 from neox_jax.convert.files import read_json, to_json
-from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, blocks
+from neox_jax.convert.stored import Digests, StoredModel, StoredTensor, blocks, raw_of
 from neox_jax.errors import InputError
 
 MANIFEST, FORMAT = "conversion.json", 1
 HASHED_BYTES = 1 << 20  # of a file at a time: they stay in the processor's cache (1.65 GB/s; by 8 MiB 1.49)
-WAITING_BYTES = 2 * BLOCK_BYTES  # read and not hashed yet, or one part that is larger
 
 
 class Hashing:
-    """Hashes a source's files and tensors while a conversion goes on, each in a thread; leaving it stops them."""
+    """Hashes what a conversion reads and writes while it goes on; leaving it stops that.
 
-    def __init__(self, stored: StoredModel):
-        self._stored, self._cancelled = stored, threading.Event()
-        self._threads = [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hashing") for _ in range(2)]
+    while_written: whether all tensors are written in this layout and order, and hashed by whoever does that into
+    `digests`, and so are the files that are read in order by it. All else is read once more, in threads.
+    """
+
+    def __init__(self, stored: StoredModel, *, while_written: bool):
+        followed = _files_read_in_order(stored) if while_written else []
+        self._followed = {str(path): _FollowedFile(path) for path in followed}
+        self.digests = _DigestsAndFiles(self._followed)
+        self._stored, self._while_written, self._cancelled = stored, while_written, threading.Event()
+        self._threads = concurrent.futures.ThreadPoolExecutor(2, "hashing")
 
     def __enter__(self) -> "Hashing":
-        self._files = self._threads[0].submit(_hash_files, self._stored, self._cancelled)
+        others = [path for path in self._stored.files if os.path.abspath(path) not in self._followed]
+        self._files = self._threads.submit(_hash_files, others, self._stored.digests, self._cancelled)
+        if not self._while_written:
+            self._tensors = self._threads.submit(hash_tensors, self._stored, self._cancelled)
         return self
 
     def __exit__(self, *_) -> None:
         self._cancelled.set()
-        for thread in self._threads:
-            thread.shutdown(cancel_futures=True)
-
-    def read_tensors(self) -> None:
-        """Has the tensors read once more, to be hashed."""
-        self._tensors = self._threads[1].submit(hash_tensors, self._stored, self._cancelled)
-
-    def follow_tensors(self) -> StoredModel:
-        """The same model, which is hashed as it is read: each tensor once, whole rows in order."""
-        self._tensors = _Followed(self._stored, self._threads[1])
-        return self._tensors.stored
+        self._threads.shutdown(cancel_futures=True)
 
     def write(self, folder: Path, **about) -> None:
         """Writes the manifest into `folder` once everything is hashed. about: what else it shall say."""
-        source = {"place": self._stored.place, "files": self._files.result()}
+        if self._while_written:
+            tensors = {name: _about(tensor, self.digests[name]) for name, tensor in self._stored.tensors.items()}
+        else:
+            tensors = self._tensors.result()
+        source = {"place": self._stored.place, "files": self._about_files()}
         values = {"format": FORMAT, "neox_jax": neox_jax.__version__, **about}
-        text = to_json({**values, "source": source, "tensors": self._tensors.result()})
+        text = to_json({**values, "source": source, "tensors": tensors})
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
-
-class _Followed:
-    """A model whose parts are hashed in a thread as they are read."""
-
-    def __init__(self, stored: StoredModel, thread: concurrent.futures.Executor):
-        self._thread, self._waiting = thread, collections.deque()
-        self._tensors = {name: _FollowedTensor(tensor, self._hash) for name, tensor in stored.tensors.items()}
-        self.stored = dataclasses.replace(stored, tensors=self._tensors)
-
-    def _hash(self, digest, part: np.ndarray) -> None:
-        while self._waiting and sum(num_bytes for _, num_bytes in self._waiting) + part.nbytes > WAITING_BYTES:
-            self._waiting.popleft()[0].result()
-        self._waiting.append((self._thread.submit(digest.update, _bytes(part)), part.nbytes))
-
-    def result(self) -> dict[str, dict]:
-        """As `hash_tensors`, once everything is read and hashed."""
-        for hashed, _ in self._waiting:
-            hashed.result()
-        return {name: tensor.about() for name, tensor in self._tensors.items()}
+    def _about_files(self) -> dict[str, dict]:
+        """Maps each file's path, from the folder that all of them are in, to its size and SHA-256."""
+        others, paths = self._files.result(), [os.path.abspath(path) for path in self._stored.files]
+        shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+        found = {path: self._followed[path].about() if path in self._followed else others[path] for path in paths}
+        return {os.path.relpath(path, shared): about for path, about in found.items()}
 
 
-class _FollowedTensor:
-    def __init__(self, tensor: StoredTensor, hash: Callable):
-        self.shape, self.dtype, self.row_unit = tensor.shape, np.dtype(tensor.dtype), getattr(tensor, "row_unit", 1)
-        self._tensor, self._hash, self._digest, self._num_rows = tensor, hash, hashlib.sha256(), 0
+def _files_read_in_order(stored: StoredModel) -> list[str]:
+    """The files of which a writer that takes the tensors in order reads all parts in order, as they are."""
+    starts = {}
+    for tensor in stored.tensors.values():
+        raw = raw_of(tensor)
+        if raw is not None and raw.path is not None:
+            starts.setdefault(raw.path, []).append(raw.start)
+    return [path for path, found in starts.items() if found == sorted(found)]
 
-    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
-        assert slices[0].start == self._num_rows, "not the rows that come next"
-        part = np.ascontiguousarray(self._tensor.read(slices))
-        assert part.shape[1:] == self.shape[1:], "not whole rows"
-        self._num_rows += len(part)
-        self._hash(self._digest, part)
-        return part
+
+class _FollowedFile:
+    """A file that is hashed by what is read of it, in order; what is between that is read here."""
+
+    def __init__(self, path: str):
+        self._reader, self._digest, self._position = FileReader(Path(path)), hashlib.sha256(), 0
+
+    def update(self, start: int, data: memoryview) -> None:
+        self._read_until(start)
+        assert start == self._position, "not the bytes that come next"
+        self._digest.update(data)
+        self._position += len(data)
 
     def about(self) -> dict:
-        assert self._num_rows == self.shape[0], "rows have not been read"
-        return _about(self, self._digest)
+        self._read_until(self._reader.num_bytes)
+        return {"bytes": self._position, "sha256": self._digest.hexdigest()}
+
+    def _read_until(self, end: int) -> None:
+        while self._position < end:
+            part = self._reader.read(self._position, min(HASHED_BYTES, end - self._position))
+            self._digest.update(part)
+            self._position += len(part)
+
+
+class _Part:
+    """What is to be updated with the bytes of a file from `start` on."""
+
+    def __init__(self, file: _FollowedFile, start: int):
+        self._file, self._start = file, start
+
+    def update(self, data: memoryview) -> None:
+        self._file.update(self._start, data)
+        self._start += len(data)
+
+
+class _DigestsAndFiles(Digests):
+    def __init__(self, followed: dict[str, _FollowedFile]):
+        super().__init__()
+        self._followed = followed
+
+    def begin(self, name: str, tensor: StoredTensor) -> list:
+        raw = raw_of(tensor)
+        file = None if raw is None else self._followed.get(raw.path)
+        return super().begin(name, tensor) + ([] if file is None else [_Part(file, raw.start)])
 
 
 def hash_tensors(stored: StoredModel, cancelled: threading.Event | None = None) -> dict[str, dict]:
@@ -104,7 +130,7 @@ def hash_tensors(stored: StoredModel, cancelled: threading.Event | None = None) 
         for block in blocks(tensor):
             if cancelled is not None and cancelled.is_set():
                 return {}
-            digest.update(_bytes(block))
+            digest.update(block.reshape(-1).view(np.uint8).data)
         found[name] = _about(tensor, digest)
     return found
 
@@ -121,18 +147,13 @@ def _about(tensor: StoredTensor, digest) -> dict:
     return {"dtype": np.dtype(tensor.dtype).name, "shape": list(tensor.shape), "sha256": digest.hexdigest()}
 
 
-def _bytes(part: np.ndarray) -> memoryview:
-    return part.reshape(-1).view(np.uint8).data
-
-
-def _hash_files(stored: StoredModel, cancelled: threading.Event) -> dict[str, dict]:
-    """Maps each file's path, from the folder that all of them are in, to its size and SHA-256."""
-    shared = os.path.commonpath([os.path.abspath(path.parent) for path in stored.files]) if stored.files else ""
-    digests, buffer = {}, bytearray(HASHED_BYTES)
-    for path in stored.files:
-        name = os.path.relpath(path, shared)
-        if path in stored.digests:
-            digests[name] = {"bytes": path.stat().st_size, "sha256": stored.digests[path]}
+def _hash_files(paths: list[Path], known: Mapping[Path, str], cancelled: threading.Event) -> dict[str, dict]:
+    """Maps each file's whole path to its size and SHA-256. known: the latter, where it need not be read for it."""
+    found, buffer = {}, bytearray(HASHED_BYTES)
+    for path in paths:
+        name = os.path.abspath(path)
+        if path in known:
+            found[name] = {"bytes": path.stat().st_size, "sha256": known[path]}
             continue
         digest, num_bytes = hashlib.sha256(), 0
         with open(path, "rb", buffering=0) as file:
@@ -141,8 +162,8 @@ def _hash_files(stored: StoredModel, cancelled: threading.Event) -> dict[str, di
                     return {}
                 digest.update(memoryview(buffer)[:num_read])
                 num_bytes += num_read
-        digests[name] = {"bytes": num_bytes, "sha256": digest.hexdigest()}
-    return digests
+        found[name] = {"bytes": num_bytes, "sha256": digest.hexdigest()}
+    return found
 
 
 def find_manifest(folder: Path) -> dict | None:

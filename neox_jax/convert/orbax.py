@@ -1,28 +1,29 @@
 """Our own runs' parameters as stored tensors, and stored tensors as a run's step 0, a layer of one at a time."""
 
 import dataclasses
-import functools
+import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
 
-from neox_jax.checkpoint.steps import read_meta, read_quantization
-from neox_jax.checkpoint.streamed import StreamedArray, copy_to_host, read_leaves, save_params
+from neox_jax.checkpoint.commit import write_step_zero
+from neox_jax.checkpoint.steps import make_meta, read_meta, read_quantization
+from neox_jax.checkpoint.streamed import StreamedHandler, copy_to_host, params_handler, read_leaves, save_tree
 from neox_jax.checkpoint.sums import SUMS, read_sums
+from neox_jax.checkpoint.tensor_files import FiledArray, create_arrays
 from neox_jax.checkpoint.trees import check_tree, read_tree
 from neox_jax.convert import names
-from neox_jax.convert.stored import BLOCK_BYTES, StoredModel, StoredTensor, num_bytes, read_ours
+from neox_jax.convert.byte_writer import LargeFiles
+from neox_jax.convert.stored import Digests, StoredModel, write_tensor
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.train_state import pure_params
 from neox_jax.tree import map_named, named_leaves
-
-CHUNK_BYTES = 2 * BLOCK_BYTES  # stored as one: small enough for a processor's cache, and for buffers to be used again
 
 
 def load_step(folder: Path, *, mesh=None, dtype=None) -> NeoX:
@@ -91,51 +92,60 @@ class _InArray:
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         bounds, inside = names.covering_bounds(slices, self.ours, self.row.dims)
-        index = tuple(slice(*bound) for bound in bounds)
+        layer = self.array if self.layer is None else self.array[self.layer]
+        part = layer[tuple(slice(*bound) for bound in bounds)]
+        order = list(itertools.chain(*self.row.dims))
+        is_in_order = list(part.chunk_layout.inner_order) == order  # on disk, as a conversion writes it
         try:
-            part = self.array[index if self.layer is None else (self.layer, *index)].read().result()
+            values = (part.transpose(order) if is_in_order else part).read().result()
         except ValueError as error:
             raise InputError(f"{self.name} cannot be read: {' '.join(str(error).split())[:300]}") from error
-        return names.to_stored(part, self.row.dims)[inside]
+        if is_in_order:
+            return values.reshape(names.stored_shape(part.shape, self.row.dims))[inside]
+        return names.to_stored(values, self.row.dims)[inside]
 
 
-def write_run(stored: StoredModel, folder: Path) -> None:
-    """Writes a run folder with these parameters as step 0."""
-    config = dataclasses.replace(stored.config, vocab_multiple=1)
+def write_run(stored: StoredModel, folder: Path, digests: Digests | None = None) -> None:
+    """Writes a run folder with these parameters as step 0. digests: gets the tensors' too."""
+    config, digests = dataclasses.replace(stored.config, vocab_multiple=1), Digests() if digests is None else digests
 
-    def streamed(name: str, leaf) -> StreamedArray:
+    def filed(name: str, leaf) -> FiledArray:
         row = names.BY_NAME[name]
-        tensors = {layer: stored.tensors[row.hf_name(layer)] for layer in row.layers(leaf.shape)}
-        ours = leaf.shape[1:] if row.stacked else leaf.shape
-        cut = row.dims[0][0]  # the dim whose parts are whole rows of the stored tensor
-        num = _num_in_chunk(ours, cut, row, tensors)
-        chunks = (*ours[:cut], num, *ours[cut + 1 :])
-        parts = functools.partial(_parts, row, tensors, ours, cut, num)
-        return StreamedArray(leaf.shape, stored.dtype, (1, *chunks) if row.stacked else chunks, parts)
+        return FiledArray(leaf.shape, stored.dtype, row.stacked, tuple(itertools.chain(*row.dims)))
 
-    save_params(map_named(streamed, pure_params(abstract_model(config, dtype=stored.dtype))), folder, config)
+    arrays = map_named(filed, pure_params(abstract_model(config, dtype=stored.dtype)))
+
+    def write(params: Path) -> tuple[ocp.CheckpointHandler, dict[Path, str]]:
+        handler = create_arrays(params, arrays)
+        files = {}
+        for name, array in named_leaves(arrays).items():
+            row = names.BY_NAME[name]
+            for layer in row.layers(array.shape):
+                files[row.hf_name(layer)] = params / name / array.path(layer), array.ending()
+        with LargeFiles() as writing:
+            for name, tensor in stored.tensors.items():
+                path, ending = files[name]
+                with writing.create(path) as file:
+                    write_tensor(file, name, tensor, digests)
+                    file.write(ending)
+        return handler, {path: _hash_on(digests[name], ending) for name, (path, ending) in files.items()}
+
+    write_step_zero(folder, make_meta(config, arrays), write)
 
 
 def write_model(model: NeoX, folder: Path) -> None:
     """Writes a run folder with a model's parameters, whatever they are, as step 0."""
-    save_params(copy_to_host(pure_params(model)), folder, model.config)
+    params, streamed = copy_to_host(pure_params(model)), StreamedHandler()
+
+    def write(folder: Path) -> tuple[ocp.CheckpointHandler, dict[Path, str]]:
+        handler = params_handler(streamed)
+        save_tree(handler, folder, params, interrupted=streamed.cancelled.set)
+        return handler, {}
+
+    write_step_zero(folder, make_meta(model.config, params), write)
 
 
-def _num_in_chunk(ours: tuple[int, ...], cut: int, row: names.Row, tensors: dict[int | None, StoredTensor]) -> int:
-    """How many of dim `cut` make a chunk of about CHUNK_BYTES, of rows that can be read by themselves."""
-    tensor = next(iter(tensors.values()))
-    rows_each = tensor.shape[0] // ours[cut]
-    unit = -(-getattr(tensor, "row_unit", 1) // rows_each)
-    return min(ours[cut], max(1, CHUNK_BYTES * ours[cut] // num_bytes(tensor) // unit) * unit)
-
-
-def _parts(
-    row: names.Row, tensors: dict[int | None, StoredTensor], ours: tuple[int, ...], cut: int, num: int
-) -> Iterator[tuple[tuple, np.ndarray]]:
-    """Each tensor whole, its rows in order."""
-    for layer, tensor in tensors.items():
-        for start in range(0, ours[cut], num):
-            bounds = [(0, size) for size in ours]
-            bounds[cut] = (start, min(start + num, ours[cut]))
-            index = tuple(slice(*bound) for bound in bounds)
-            yield (index if layer is None else (layer, *index)), read_ours(row, tensor, ours, bounds)
+def _hash_on(digest, ending: bytes) -> str:
+    digest = digest.copy()
+    digest.update(ending)
+    return digest.hexdigest()

@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from neox_jax.convert.byte_reader import FileReader
-from neox_jax.convert.byte_writer import LargeFile
+from neox_jax.convert.byte_writer import LargeFiles
 from neox_jax.convert.files import one_line, parse_json
 from neox_jax.convert.lazy_tensor import LazyTensor, is_representable
-from neox_jax.convert.stored import StoredTensor, blocks, num_bytes, read_ahead
+from neox_jax.convert.stored import Digests, StoredTensor, num_bytes, write_tensor
 from neox_jax.errors import InputError
 
 MAX_HEADER_BYTES = 16 << 20  # the library's limit is 100 MB, which take 14 times that when they are parsed
@@ -40,7 +40,7 @@ DTYPES = {
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """What a safetensors file holds, by name; no tensor is read yet.
+    """What a safetensors file holds, by name and in order; no tensor is read yet.
 
     Raises: InputError where it is missing or damaged, or has tensors of a type that is not known here.
     """
@@ -68,12 +68,12 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         name: LazyTensor(
             reader, 8 + header_bytes + spec["data_offsets"][0], tuple(spec["shape"]), None, DTYPES[spec["dtype"]]
         )
-        for name, spec in header.items()
+        for name, spec in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Writes a safetensors file, a block of a tensor at a time."""
+def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor], digests: Digests | None = None) -> None:
+    """Writes a safetensors file, a block of a tensor at a time. digests: gets the tensors' too."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -82,7 +82,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         header[name] = spec
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
-    with LargeFile(path) as file:
+    with LargeFiles() as files, files.create(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for block in read_ahead(block for tensor in tensors.values() for block in blocks(tensor)):
-            file.write(block.reshape(-1).view(np.uint8).data)
+        for name, tensor in tensors.items():
+            write_tensor(file, name, tensor, digests)

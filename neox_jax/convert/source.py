@@ -24,9 +24,10 @@ from neox_jax.convert.adapter import (
     read_adapter_step,
 )
 from neox_jax.convert.files import is_partial, read_json, written_whole
+from neox_jax.convert.lazy_tensor import RawBytes
 from neox_jax.convert.manifest import MANIFEST, Hashing, identify
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
-from neox_jax.convert.stored import StoredModel, Wrapped, check_dtype, from_model, padded_for, to_model
+from neox_jax.convert.stored import Digests, StoredModel, Wrapped, check_dtype, from_model, padded_for, raw_of, to_model
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.quantize import quantize_model
@@ -229,21 +230,18 @@ def convert(
     """
     check_choice("format", format, FORMATS)
     stored = open_source(source, revision=revision, adapter=adapter).cast(dtype)
-    with Hashing(stored) as hashing:
-        if format == "neox":  # which reads the rows of each rank
-            hashing.read_tensors()
-            followed = stored
-        else:
-            followed = hashing.follow_tensors()
-        counted = followed if progress is None else _count(followed, progress)
+    # NeoX's files hold the rows of each rank; the tensors are read once more for their digests.
+    with Hashing(stored, while_written=format != "neox") as hashing:
+        read = stored if progress is None else _count(stored, progress)
         tokenizer_json = None if tokenizer is None else tokenizer.to_json()
         about = {"written": {"format": format, "tensor_parallel": tensor_parallel}}
         _write(
-            counted,
+            read,
             destination,
             format=format,
             tensor_parallel=tensor_parallel,
             tokenizer_json=tokenizer_json,
+            digests=hashing.digests,
             finish=lambda folder: hashing.write(folder, **about),
         )
     return stored
@@ -256,18 +254,19 @@ def _write(
     format: str,
     tensor_parallel: int,
     tokenizer_json: str | None,
+    digests: Digests | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     if tensor_parallel != 1 and format != "neox":
         raise InputError(f"tensor_parallel {tensor_parallel} is of NeoX's layout only; {format} has one part")
     if format == "hf":
-        hf.save_hf(stored, path, tokenizer_json=tokenizer_json, finish=finish)
+        hf.save_hf(stored, path, tokenizer_json=tokenizer_json, digests=digests, finish=finish)
     elif format == "neox":
         neox.save_neox(stored, path, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json, finish=finish)
     else:
 
         def write(folder: Path) -> None:
-            orbax.write_run(stored, folder)
+            orbax.write_run(stored, folder, digests)
             if finish is not None:
                 finish(folder)
 
@@ -298,6 +297,16 @@ def _count(stored: StoredModel, progress: Callable[[int, int], None]) -> StoredM
 @dataclasses.dataclass(frozen=True)
 class _Counted(Wrapped):
     count: Callable[[int], None]
+
+    @property
+    def raw(self) -> RawBytes | None:
+        raw = raw_of(self.tensor)
+
+        def read(start: int, out: memoryview) -> None:
+            raw.read(start, out)
+            self.count(len(out))
+
+        return None if raw is None else dataclasses.replace(raw, read=read)
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         part = self.tensor.read(slices)

@@ -4,13 +4,13 @@ Names and layout are Hugging Face's. Nothing is read before somebody asks, and t
 conversion never holds a model.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 
 from neox_jax.config import DTYPES, ModelConfig, check_choice
 from neox_jax.convert import names
+from neox_jax.convert.lazy_tensor import RawBytes
 from neox_jax.errors import InputError
 from neox_jax.lora import is_factor
 from neox_jax.model import NeoX, abstract_model
@@ -30,7 +31,8 @@ BLOCK_BYTES = 8 << 20  # of this size buffers are used again by the allocator, a
 class StoredTensor(Protocol):
     """A tensor that can be read in parts.
 
-    One whose rows cannot be read one by one at no extra cost has a `row_unit`: how many belong together.
+    One whose rows cannot be read one by one at no extra cost has a `row_unit`: how many belong together. One whose
+    bytes are in a file as they are has `raw`, as `LazyTensor` has.
     """
 
     shape: tuple[int, ...]
@@ -42,8 +44,9 @@ class StoredTensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """A model's configuration and its tensors by full Hugging Face name, layer by layer, without rows that only pad.
+    """A model's configuration and its tensors by full Hugging Face name, without rows that only pad.
 
+    tensors: in the order in which they are read best: as they are in files, or layer by layer.
     place: for messages. files: what they are read from. notes: what whoever converts it should know, a line each.
     digests: SHA-256, in hex, of those files that were hashed when they were opened.
     """
@@ -111,13 +114,29 @@ def blocks(tensor: StoredTensor) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(tensor.read((slice(start, min(start + step, tensor.shape[0])), *rest)))
 
 
-def read_ahead(parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same parts, of which one is read in a thread while the one before it is used."""
-    with concurrent.futures.ThreadPoolExecutor(1, "reading") as thread:
-        coming = thread.submit(next, parts, None)
-        while (part := coming.result()) is not None:
-            coming = thread.submit(next, parts, None)
-            yield part
+class Digests(dict[str, Any]):
+    """`hashlib` objects of tensors by name, complete when all is written."""
+
+    def begin(self, name: str, tensor: StoredTensor) -> list:
+        """What a writer has to `update` with a tensor's bytes."""
+        self[name] = hashlib.sha256()
+        return [self[name]]
+
+
+def write_tensor(file, name: str, tensor: StoredTensor, digests: Digests | None) -> None:
+    """Writes a tensor's bytes to a file of `LargeFiles`, and hashes them into `digests`."""
+    updated = [] if digests is None else digests.begin(name, tensor)
+    raw = raw_of(tensor)
+    if raw is not None:
+        file.fill(num_bytes(tensor), raw.read, updated)
+        return
+    for block in blocks(tensor):
+        file.write(block.reshape(-1).view(np.uint8).data, updated)
+
+
+def raw_of(tensor: StoredTensor) -> RawBytes | None:
+    """Its bytes where they are stored as they are."""
+    return getattr(tensor, "raw", None)
 
 
 @dataclasses.dataclass(frozen=True)
