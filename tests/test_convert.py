@@ -30,6 +30,7 @@ from neox_jax.convert import byte_writer, manifest, names, source, stored
 from neox_jax.convert.hf import load_hf, save_hf
 from neox_jax.convert.neox import save_neox
 from neox_jax.convert.revisions import compare_revisions
+from neox_jax.convert.safetensors_files import write_safetensors
 from neox_jax.errors import InputError
 from neox_jax.sharding import make_mesh
 
@@ -396,9 +397,10 @@ def test_a_manifest_of_a_folder_named_from_here(small, tmp_path, monkeypatch):
     assert "_METADATA" in one["files"]
 
 
-@pytest.mark.parametrize("order", ["as in the file", "another", "half of them cast"])
+@pytest.mark.parametrize("order", ["by name", "backwards", "half of them cast", "layers mixed"])
 def test_files_have_their_digests_in_whatever_order_they_are_read(order, small, tmp_path):
-    """As the library writes them, sorted by name, with an old export's buffers between the parameters."""
+    """Sorted by name, as the library writes them, with an old export's buffers between the parameters, or in no order
+    that anybody writes; read as they are in the file, or not, or by layers."""
     folder, arrays = tmp_path / "sorted", load_file(small / "model.safetensors")
     folder.mkdir()
     for layer in (0, 1):
@@ -407,17 +409,24 @@ def test_files_have_their_digests_in_whatever_order_they_are_read(order, small, 
         arrays = {name: array.astype(np.float16) if ".mlp." in name else array for name, array in arrays.items()}
     save_file(arrays, folder / "model.safetensors")
     shutil.copy(small / "config.json", folder)
+    if order == "layers mixed":
+        tensors = source.open_source(folder).tensors
+        mixed = {name: tensors[name] for name in sorted(tensors, key=lambda name: name.split(".")[::-1])}
+        write_safetensors(tmp_path / "mixed", mixed)
+        (tmp_path / "mixed").rename(folder / "model.safetensors")
     model = source.open_source(folder).cast("float32")
     assert list(model.tensors) != list(source.open_source(small).tensors)
-    if order == "another":
+    if order == "backwards":
         model = dataclasses.replace(model, tensors=dict(reversed(model.tensors.items())))
-    with manifest.Hashing(model, while_written=True) as hashing:
-        save_hf(model, tmp_path / "out", digests=hashing.digests, finish=hashing.write)
-    found = json.loads((tmp_path / "out/conversion.json").read_text())
-    for name in ("config.json", "model.safetensors"):
-        raw = (folder / name).read_bytes()
-        assert found["source"]["files"][name] == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    assert found["tensors"] == manifest.hash_tensors(source.open_source(tmp_path / "out"))
+    for save, options in ((save_hf, {}), (save_neox, {"tensor_parallel": 2})):
+        there = tmp_path / save.__name__
+        with manifest.Hashing(model) as hashing:
+            save(model, there, digests=hashing.digests, finish=hashing.write, **options)
+        found = json.loads((there / "conversion.json").read_text())
+        for name in ("config.json", "model.safetensors"):
+            raw = (folder / name).read_bytes()
+            assert found["source"]["files"][name] == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        assert found["tensors"] == manifest.hash_tensors(source.open_source(there))
 
 
 def test_verify_finds_what_changed_since_it_was_written(small, tmp_path, capsys):

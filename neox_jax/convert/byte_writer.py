@@ -1,4 +1,4 @@
-"""Gigabytes into files: in pieces, and past the page cache where the file system allows it."""
+"""Gigabytes into files, past the page cache where the file system allows it."""
 
 import collections
 import concurrent.futures
@@ -7,24 +7,20 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 # At a time to a file. Linux 6.18 on ext4, 3 GB and fsync: 1.4 GB/s in writes of 128 KiB, 0.35 in writes of 8 MiB.
 PIECE_BYTES = 128 << 10
 MAX_DIGESTS = 2  # of the same bytes
+MAX_BLOCKS = 4  # that are used and not hashed yet
 BUFFER_BYTES, NUM_BUFFERS = 4 << 20, 8  # written as one; filled ones wait, so that the disk does not
 
 
-def write_in_pieces(file, data) -> None:
-    """Writes a buffer of bytes by PIECE_BYTES."""
-    view = memoryview(data)
-    for start in range(0, len(view), PIECE_BYTES):
-        file.write(view[start : start + PIECE_BYTES])
-
-
 class LargeFiles:
-    """Writes new files one after the other, each from its start to its end, and hashes what it writes; leaving it
+    """Writes new files, each from its start to its end, and hashes what it writes; leaving it
     without an error waits until all is hashed and handed to the system (not for the disk: `disk.sync`).
 
     Past the page cache where the file system allows it: its pages cost more time than the bytes (measured as
@@ -33,8 +29,10 @@ class LargeFiles:
     read into, while the next bytes are read into another.
     """
 
-    def __init__(self):
-        self._empty = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(NUM_BUFFERS)]  # whole pages, for direct writes
+    def __init__(self, num_open: int = 1):
+        """num_open: files that are written at a time."""
+        num_buffers = NUM_BUFFERS - 1 + num_open
+        self._empty = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(num_buffers)]  # whole pages, for direct writes
         self._used = collections.deque()  # (buffer, what is to be done with it)
         self._writing = concurrent.futures.ThreadPoolExecutor(1, "writing")
         self._hashing = [concurrent.futures.ThreadPoolExecutor(1, "hashing") for _ in range(MAX_DIGESTS)]
@@ -65,7 +63,19 @@ class LargeFiles:
             self._wait_for_one()
         return self._empty.pop()
 
+    def hashed(self, blocks: Iterable[np.ndarray], digests: Sequence) -> Iterator[np.ndarray]:
+        """The blocks, which are hashed while they are used, and must stay as they are."""
+        waiting = collections.deque()
+        for block in blocks:
+            waiting.append(self.hash(digests, block.reshape(-1).view(np.uint8).data))
+            yield block
+            if len(waiting) == MAX_BLOCKS:
+                _wait_for(waiting.popleft())
+        for hashed in waiting:
+            _wait_for(hashed)
+
     def hash(self, digests: Sequence, data: memoryview) -> list[concurrent.futures.Future]:
+        """Has digests updated with bytes that stay as they are until then."""
         return [thread.submit(one.update, data) for thread, one in zip(self._hashing, digests, strict=False)]
 
     def write(self, write: Callable[[], None], buffer: mmap.mmap, hashed: list[concurrent.futures.Future]) -> None:
@@ -73,10 +83,15 @@ class LargeFiles:
         self._used.append((buffer, [*hashed, self._writing.submit(write)]))
 
     def _wait_for_one(self) -> None:
-        buffer, all_to_do = self._used.popleft()
-        for done in all_to_do:
-            done.result()  # raises what went wrong in it
+        buffer, to_do = self._used.popleft()
+        _wait_for(to_do)
         self._empty.append(buffer)
+
+
+def _wait_for(to_do: list[concurrent.futures.Future]) -> None:
+    """Raises: what went wrong."""
+    for done in to_do:
+        done.result()
 
 
 class _LargeFile:
@@ -95,15 +110,16 @@ class _LargeFile:
             return False  # not on this file system
         return wanted and flag != 0
 
-    def write(self, data, digests: Sequence = ()) -> None:
-        """Writes a buffer of bytes. digests: what to `update` with them, at most MAX_DIGESTS; that is complete when all
-        is written."""
+    def write(self, data, digests: Sequence = ()) -> int:
+        """Writes a buffer of bytes, all of it, and returns how many. digests: what to `update` with them, at most
+        MAX_DIGESTS; that is complete when all is written."""
         view = memoryview(data)
 
         def copy(start: int, out: memoryview) -> None:
             out[:] = view[start : start + len(out)]
 
         self.fill(len(view), copy, digests)
+        return len(view)
 
     def fill(self, num_bytes: int, read: Callable[[int, memoryview], None], digests: Sequence = ()) -> None:
         """Writes what `read(start, out)` gives, for parts one after the other: bytes from `start` on, into `out`."""

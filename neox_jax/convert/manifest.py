@@ -26,34 +26,28 @@ HASHED_BYTES = 1 << 20  # of a file at a time: they stay in the processor's cach
 class Hashing:
     """Hashes what a conversion reads and writes while it goes on; leaving it stops that.
 
-    while_written: whether all tensors are written in this layout and order, and hashed by whoever does that into
-    `digests`, and so are the files that are read in order by it. All else is read once more, in threads.
+    Whoever writes the tensors hashes them into `digests`, and with them the files whose parts are read in order by
+    that. Other files are read once more, in a thread.
     """
 
-    def __init__(self, stored: StoredModel, *, while_written: bool):
-        followed = _files_read_in_order(stored) if while_written else []
-        self._followed = {str(path): _FollowedFile(path) for path in followed}
+    def __init__(self, stored: StoredModel):
+        self._followed = {path: _FollowedFile(path) for path in _files_in_order(stored)}
         self.digests = _DigestsAndFiles(self._followed)
-        self._stored, self._while_written, self._cancelled = stored, while_written, threading.Event()
-        self._threads = concurrent.futures.ThreadPoolExecutor(2, "hashing")
+        self._stored, self._cancelled = stored, threading.Event()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "hashing")
 
     def __enter__(self) -> "Hashing":
         others = [path for path in self._stored.files if os.path.abspath(path) not in self._followed]
-        self._files = self._threads.submit(_hash_files, others, self._stored.digests, self._cancelled)
-        if not self._while_written:
-            self._tensors = self._threads.submit(hash_tensors, self._stored, self._cancelled)
+        self._files = self._thread.submit(_hash_files, others, self._stored.digests, self._cancelled)
         return self
 
     def __exit__(self, *_) -> None:
         self._cancelled.set()
-        self._threads.shutdown(cancel_futures=True)
+        self._thread.shutdown()
 
     def write(self, folder: Path, **about) -> None:
         """Writes the manifest into `folder` once everything is hashed. about: what else it shall say."""
-        if self._while_written:
-            tensors = {name: _about(tensor, self.digests[name]) for name, tensor in self._stored.tensors.items()}
-        else:
-            tensors = self._tensors.result()
+        tensors = {name: _about(tensor, self.digests[name]) for name, tensor in self._stored.tensors.items()}
         source = {"place": self._stored.place, "files": self._about_files()}
         values = {"format": FORMAT, "neox_jax": neox_jax.__version__, **about}
         text = to_json({**values, "source": source, "tensors": tensors})
@@ -67,8 +61,8 @@ class Hashing:
         return {os.path.relpath(path, shared): about for path, about in found.items()}
 
 
-def _files_read_in_order(stored: StoredModel) -> list[str]:
-    """The files of which a writer that takes the tensors in order reads all parts in order, as they are."""
+def _files_in_order(stored: StoredModel) -> list[str]:
+    """The files of which the tensors, in order, have the parts in order."""
     starts = {}
     for tensor in stored.tensors.values():
         raw = raw_of(tensor)
@@ -78,18 +72,23 @@ def _files_read_in_order(stored: StoredModel) -> list[str]:
 
 
 class _FollowedFile:
-    """A file that is hashed by what is read of it, in order; what is between that is read here."""
+    """A file that is hashed by what is read of it. What is between that is read here, or all, where it is not read in
+    order after all."""
 
     def __init__(self, path: str):
         self._reader, self._digest, self._position = FileReader(Path(path)), hashlib.sha256(), 0
+        self._in_order = True
 
     def update(self, start: int, data: memoryview) -> None:
-        self._read_until(start)
-        assert start == self._position, "not the bytes that come next"
-        self._digest.update(data)
-        self._position += len(data)
+        self._in_order = self._in_order and start >= self._position
+        if self._in_order:
+            self._read_until(start)
+            self._digest.update(data)
+            self._position += len(data)
 
     def about(self) -> dict:
+        if not self._in_order:
+            self._digest, self._position = hashlib.sha256(), 0
         self._read_until(self._reader.num_bytes)
         return {"bytes": self._position, "sha256": self._digest.hexdigest()}
 
@@ -122,14 +121,12 @@ class _DigestsAndFiles(Digests):
         return super().begin(name, tensor) + ([] if file is None else [_Part(file, raw.start)])
 
 
-def hash_tensors(stored: StoredModel, cancelled: threading.Event | None = None) -> dict[str, dict]:
+def hash_tensors(stored: StoredModel) -> dict[str, dict]:
     """Maps each tensor's name to its dtype, shape and SHA-256."""
     found = {}
     for name, tensor in stored.tensors.items():
         digest = hashlib.sha256()
         for block in blocks(tensor):
-            if cancelled is not None and cancelled.is_set():
-                return {}
             digest.update(block.reshape(-1).view(np.uint8).data)
         found[name] = _about(tensor, digest)
     return found

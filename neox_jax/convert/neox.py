@@ -4,16 +4,18 @@ Both of NeoX's layouts are read; the pipeline layout is written. What the files 
 a tensor in `neox_ranks`, what the configuration says in `neox_settings`.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from neox_jax.config import ModelConfig, check_choice
-from neox_jax.convert import names
+from neox_jax.convert.byte_writer import LargeFiles
 from neox_jax.convert.files import join_problems, to_json, written_whole
 from neox_jax.convert.neox_files import LATEST, MLP_NAMES, NeoxFiles, locate_step
-from neox_jax.convert.neox_ranks import measure_drift, merge, place_of, split
+from neox_jax.convert.neox_ranks import measure_drift, merge, place_of, shape_on_rank, split
 from neox_jax.convert.neox_settings import (
     CONFIGS,
     EXTRA_KEYS,
@@ -25,13 +27,11 @@ from neox_jax.convert.neox_settings import (
     to_settings,
     to_yaml,
 )
-from neox_jax.convert.stored import StoredModel, StoredTensor, from_model, to_model
-from neox_jax.convert.torch_files import save_torch_file
+from neox_jax.convert.stored import Digests, StoredModel, blocks, from_model, to_model
+from neox_jax.convert.torch_files import TensorSpec, TorchWriter, save_torch_file
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.tokenizer import Tokenizer
-
-NUM_WRITERS = 2  # files written at a time: one waits for the disk while the other reads
 
 
 def load_neox(folder: str | Path, *, mesh=None, dtype=None) -> NeoX:
@@ -97,6 +97,7 @@ def save_neox(
     step: int = 0,
     config_extra: dict | None = None,
     tokenizer_json: str | None = None,
+    digests: Digests | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a NeoX checkpoint in the pipeline layout, in the model's own dtype.
@@ -104,7 +105,7 @@ def save_neox(
     model: a model that is stored somewhere, or any pytree of a model's structure (gradients too) on any mesh of this
     process's devices. mlp_names: dense (dense_h_to_4h: what 20B and Pythia have) or linear (linear1: what today's NeoX
     has). config_extra: more settings for the YAML file, in NeoX's names. tokenizer_json: the text of a tokenizer.json.
-    finish: called with the folder that all is in before it gets its name.
+    digests: gets the tensors'. finish: called with the folder that all is in before it gets its name.
     The tables get rows of zeros up to a multiple of 128 a rank, as NeoX pads them; in NeoX they take part in the
     softmax, and loading here leaves them out again.
     Raises: InputError if folder has something in it, there is no room, or the model does not divide over the ranks.
@@ -129,7 +130,7 @@ def save_neox(
     with written_whole(Path(folder), stored.num_bytes) as partial:
         step_folder = partial / f"global_step{step}"
         (step_folder / CONFIGS).mkdir(parents=True)
-        _write_layers(stored, step_folder, tensor_parallel, MLP_NAMES[mlp_names])
+        _write_layers(stored, step_folder, tensor_parallel, MLP_NAMES[mlp_names], digests)
         for rank in range(tensor_parallel):
             state = _rank_state(config, step, tensor_parallel)
             save_torch_file(step_folder / f"mp_rank_{rank:02d}_model_states.pt", state)
@@ -147,30 +148,49 @@ def _divides(num_ranks: int, config: ModelConfig) -> bool:
     return config.num_attention_heads % num_ranks == 0 and config.intermediate_size % num_ranks == 0
 
 
-def _write_layers(stored: StoredModel, folder: Path, num_ranks: int, renamed: dict[str, str]) -> None:
-    config, places = stored.config, place_of(stored.config)
-    layers: dict[int, list[tuple[names.Row, StoredTensor]]] = {}
-    for name, tensor in stored.tensors.items():
-        row, number = places[name]
-        layers.setdefault(number, []).append((row, tensor))
-    writers = concurrent.futures.ThreadPoolExecutor(NUM_WRITERS)
-    try:
-        written = []
-        for number, held in sorted(layers.items()):
-            ranks: list[dict] = [{} for _ in range(num_ranks)]
-            for row, tensor in held:
-                name = row.neox_name
+def _write_layers(
+    stored: StoredModel, folder: Path, num_ranks: int, renamed: dict[str, str], digests: Digests | None
+) -> None:
+    """Writes every layer's files, those of all ranks at once, so that each tensor is read once."""
+    places = place_of(stored.config)
+    layers: dict[int, list[str]] = {}  # in the order in which they are stored
+    for name in stored.tensors:
+        layers.setdefault(places[name][1], []).append(name)
+    with LargeFiles(num_ranks) as files:
+        for number, held in layers.items():
+            paths = [folder / f"layer_{number:02d}-model_{rank:02d}-model_states.pt" for rank in range(num_ranks)]
+            _write_layer(stored, held, files, paths, renamed, digests)
+
+
+def _write_layer(
+    stored: StoredModel,
+    held: list[str],
+    files: LargeFiles,
+    paths: list[Path],
+    renamed: dict[str, str],
+    digests: Digests | None,
+) -> None:
+    """Writes the tensors of these names for each rank."""
+    config, places, num_ranks = stored.config, place_of(stored.config), len(paths)
+    with contextlib.ExitStack() as open_files:
+        ranks = []
+        for path in paths:
+            tree = {}
+            for name in held:
+                row, tensor = places[name][0], stored.tensors[name]
+                neox_name = row.neox_name
                 for dense, other in renamed.items():
-                    name = name.replace(dense, other)
-                for rank, part in zip(ranks, split(row, tensor, num_ranks, config), strict=True):
-                    rank[name] = part
-            for i, rank in enumerate(ranks):
-                path = folder / f"layer_{number:02d}-model_{i:02d}-model_states.pt"
-                written.append(writers.submit(save_torch_file, path, rank))
-        for future in written:
-            future.result()
-    finally:
-        writers.shutdown(cancel_futures=True)
+                    neox_name = neox_name.replace(dense, other)
+                tree[neox_name] = TensorSpec(shape_on_rank(row, tensor.shape, num_ranks, config), tensor.dtype)
+            file = open_files.enter_context(files.create(path))
+            ranks.append(open_files.enter_context(TorchWriter(file, tree)))
+        for name in held:
+            row, tensor = places[name][0], stored.tensors[name]
+            read = files.hashed(blocks(tensor), [] if digests is None else digests.begin(name, tensor))
+            with contextlib.ExitStack() as open_members:
+                members = [open_members.enter_context(rank.next_tensor()) for rank in ranks]
+                for rank, piece in split(row, tensor, read, num_ranks, config):
+                    members[rank].write(piece.reshape(-1).view(np.uint8).data)
 
 
 def _rank_state(config: ModelConfig, step: int, num_ranks: int) -> dict:

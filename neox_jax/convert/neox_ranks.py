@@ -5,6 +5,8 @@ whose sum counts: the biases behind row-parallel layers of a model with parallel
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from neox_jax.config import DTYPES, ModelConfig
 from neox_jax.convert import names
 from neox_jax.convert.names import COPIES, INPUTS, OUTPUTS, SHARES
 from neox_jax.convert.neox_files import NeoxFiles
-from neox_jax.convert.stored import StoredTensor, blocks, expected_shapes, whole
+from neox_jax.convert.stored import StoredTensor, expected_shapes
 
 VOCAB_MULTIPLE = 128  # NeoX's make_vocab_size_divisible_by; a vocabulary is padded to this many rows a rank
 
@@ -152,45 +154,38 @@ def measure_drift(tensors: dict[str, Merged], problems: list[str]) -> dict[str, 
 # ---- splitting
 
 
-def split(row: names.Row, tensor: StoredTensor, num_ranks: int, config: ModelConfig) -> list:
-    """What each rank holds of a stored tensor: what `save_torch_file` takes. Tables get rows of zeros at their end."""
-    how = how_held(row, config)
-    if how == COPIES:
-        return [whole(tensor)] * num_ranks
-    if how == SHARES:
-        return _share(whole(tensor), num_ranks)
-    dim = 0 if how == OUTPUTS else 1
-    shape = list(tensor.shape)
+def shape_on_rank(row: names.Row, shape: tuple[int, ...], num_ranks: int, config: ModelConfig) -> tuple[int, ...]:
+    """Of what each rank holds of a stored tensor of this shape; tables get rows of zeros at their end."""
     if row.is_table:
-        shape[0] += -shape[0] % (VOCAB_MULTIPLE * num_ranks)
-    shape[dim] //= num_ranks
-    return [_RankPart(tensor, tuple(shape), dim, rank * shape[dim]) for rank in range(num_ranks)]
+        shape = (shape[0] + -shape[0] % (VOCAB_MULTIPLE * num_ranks), *shape[1:])
+    return _shape_on_rank(shape, how_held(row, config), num_ranks)
 
 
-@dataclasses.dataclass(frozen=True)
-class _RankPart:
-    """A rank's part of a tensor that is cut along a dim; what lies behind the tensor's end is zeros."""
+def split(
+    row: names.Row, tensor: StoredTensor, blocks: Iterable[np.ndarray], num_ranks: int, config: ModelConfig
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(rank, piece) for all that the ranks hold of a stored tensor; a rank's pieces are its part in C order.
 
-    tensor: StoredTensor
-    shape: tuple[int, ...]
-    dim: int
-    start: int
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.tensor.dtype)
-
-    def read(self, slices: tuple[slice, ...]) -> np.ndarray:
-        size, part = self.tensor.shape[self.dim], slices[self.dim]
-        start, stop = (min(end + self.start, size) for end in (part.start, part.stop))
-        missing = (part.stop - part.start) - (stop - start)
-        if start == stop:
-            return np.zeros([part.stop - part.start for part in slices], self.dtype)
-        found = self.tensor.read((*slices[: self.dim], slice(start, stop), *slices[self.dim + 1 :]))
-        return np.pad(found, [(0, missing * (dim == self.dim)) for dim in range(found.ndim)]) if missing else found
-
-    def blocks(self):
-        return blocks(self)
+    blocks: all of the tensor's rows, in order.
+    """
+    how, shape = how_held(row, config), tensor.shape
+    if how in (COPIES, SHARES):
+        array = np.concatenate(list(blocks))
+        yield from enumerate(_share(array, num_ranks) if how == SHARES else [array] * num_ranks)
+    elif how == INPUTS:
+        width = shape[1] // num_ranks
+        for block in blocks:
+            for rank in range(num_ranks):
+                yield rank, np.ascontiguousarray(block[:, rank * width : (rank + 1) * width])
+    else:
+        num_rows, position = shape_on_rank(row, shape, num_ranks, config)[0], 0
+        padding = np.zeros((num_rows * num_ranks - shape[0], *shape[1:]), tensor.dtype)
+        for block in itertools.chain(blocks, [padding]):
+            while len(block):
+                rank = position // num_rows
+                piece = block[: (rank + 1) * num_rows - position]
+                yield rank, piece
+                position, block = position + len(piece), block[len(piece) :]
 
 
 def _share(bias: np.ndarray, num_ranks: int) -> list[np.ndarray]:

@@ -230,8 +230,7 @@ def convert(
     """
     check_choice("format", format, FORMATS)
     stored = open_source(source, revision=revision, adapter=adapter).cast(dtype)
-    # NeoX's files hold the rows of each rank; the tensors are read once more for their digests.
-    with Hashing(stored, while_written=format != "neox") as hashing:
+    with Hashing(stored) as hashing:
         read = stored if progress is None else _count(stored, progress)
         tokenizer_json = None if tokenizer is None else tokenizer.to_json()
         about = {"written": {"format": format, "tensor_parallel": tensor_parallel}}
@@ -262,7 +261,14 @@ def _write(
     if format == "hf":
         hf.save_hf(stored, path, tokenizer_json=tokenizer_json, digests=digests, finish=finish)
     elif format == "neox":
-        neox.save_neox(stored, path, tensor_parallel=tensor_parallel, tokenizer_json=tokenizer_json, finish=finish)
+        neox.save_neox(
+            stored,
+            path,
+            tensor_parallel=tensor_parallel,
+            tokenizer_json=tokenizer_json,
+            digests=digests,
+            finish=finish,
+        )
     else:
 
         def write(folder: Path) -> None:

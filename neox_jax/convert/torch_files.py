@@ -9,6 +9,7 @@ than declared; SETITEM on what is no dict).
 
 import collections
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -19,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from neox_jax.convert.byte_reader import ByteReader, FileReader
+from neox_jax.convert.byte_writer import LargeFiles
 from neox_jax.convert.lazy_tensor import LazyTensor, contiguous_strides, cut
 from neox_jax.convert.torch_pickle import STORAGES, Ordered, Unknown, read_pickle
-from neox_jax.convert.torch_zip import RESAVE, Member, read_directory, write_zip
+from neox_jax.convert.torch_zip import RESAVE, Member, ZipWriter, read_directory
 from neox_jax.disk import sync
 
 __all__ = ["LazyTensor", "Unknown", "read_torch_file", "save_torch_file"]
@@ -74,25 +76,64 @@ def save_torch_file(path: str | Path, tree) -> None:
     Raises: TypeError for anything else in it.
     """
     path = Path(os.path.abspath(path))
-    pickler = _Pickler()
-    data = pickler.dump(tree)
-    members = [("data.pkl", len(data), [data]), ("byteorder", 6, [b"little"])]
-    for key, tensor in enumerate(pickler.tensors):
-        members.append((f"data/{key}", math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize, _chunks(tensor)))
-    members.append(("version", 2, [b"3\n"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            write_zip(file, members)
-            file.flush()
-            os.fsync(file.fileno())
+        with LargeFiles() as files, files.create(partial) as file, TorchWriter(file, tree) as writer:
+            for tensor in writer.tensors:
+                with writer.next_tensor() as member:
+                    for chunk in _chunks(tensor):
+                        member.write(chunk)
+        sync(partial)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
         raise
     sync(path.parent)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorSpec:
+    """A tensor that is written by somebody else."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class TorchWriter:
+    """Writes a file as `save_torch_file` does, into something with a `write`, but for its tensors, which come from
+    outside: for each of `tensors`, in order, all of its bytes (C order, little-endian) in `next_tensor()`."""
+
+    def __init__(self, file, tree):
+        """tree: as for `save_torch_file`; `TensorSpec`s too. Raises: TypeError."""
+        pickler = _Pickler()
+        data = pickler.dump(tree)
+        self.tensors, self._num_written, self._zip = pickler.tensors, 0, ZipWriter(file)
+        self._write("data.pkl", data)
+        self._write("byteorder", b"little")
+
+    def _write(self, name: str, data: bytes) -> None:
+        with self._zip.member(name, len(data)) as member:
+            member.write(data)
+
+    def __enter__(self) -> "TorchWriter":
+        return self
+
+    def __exit__(self, kind, *rest) -> None:
+        with self._zip:
+            if kind is None:
+                assert self._num_written == len(self.tensors), "tensors have not been written"
+                self._write("version", b"3\n")
+
+    @contextlib.contextmanager
+    def next_tensor(self):
+        """Something with a `write`. Raises: ValueError where more or less is written than the tensor has."""
+        tensor = self.tensors[self._num_written]
+        num_bytes = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        with self._zip.member(f"data/{self._num_written}", num_bytes) as member:
+            self._num_written += 1
+            yield member
 
 
 def _chunks(tensor) -> Iterator[memoryview]:
@@ -139,7 +180,7 @@ class _Pickler:
             for item in value:
                 self.value(item)
             write(b"e" if type(value) is list else b"t")
-        elif hasattr(value, "dtype") and (isinstance(value, np.ndarray) or hasattr(value, "blocks")):
+        elif isinstance(value, np.ndarray | TensorSpec) or (hasattr(value, "dtype") and hasattr(value, "blocks")):
             self.tensor(value)
         else:
             raise TypeError(f"a {type(value).__name__} cannot be saved; wanted arrays and plain values")

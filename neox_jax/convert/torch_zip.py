@@ -1,12 +1,12 @@
 """The zip of PyTorch's .bin and .pt files: a folder of stored members, read strictly and written as torch does."""
 
+import contextlib
 import itertools
 import struct
 import zipfile
 import zlib
 
 from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, show_name
-from neox_jax.convert.byte_writer import write_in_pieces
 
 MAX_MEMBERS, MAX_DIRECTORY_BYTES = 1 << 16, 16 << 20
 ALIGNMENT, WIDE_BYTES = 64, 1 << 30  # a written member of more bytes has zip64 sizes
@@ -177,21 +177,33 @@ def _find_data(reader, raw_name: bytes, at: int, size: int, packed: int, flags: 
     return first
 
 
-def write_zip(file, members) -> None:
-    """Writes members, each (name, number of bytes, chunks of them), into an open file, in one folder as torch's."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, num_bytes, chunks in members:
-            _write_member(archive, name, num_bytes, chunks)
+class ZipWriter:
+    """Writes stored members one after the other, in one folder as torch's, into something with a `write`; checksums
+    stand behind the members, as in torch's."""
 
+    def __init__(self, file):
+        self._archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
 
-def _write_member(archive: zipfile.ZipFile, name: str, num_bytes: int, chunks) -> None:
-    """Writes a stored member whose data starts at a multiple of ALIGNMENT, by padding as torch's."""
-    info = zipfile.ZipInfo(f"archive/{name}")  # with zip's first date, 1980: equal trees give equal files
-    info.file_size = num_bytes
-    wide = num_bytes > WIDE_BYTES
-    start = archive.fp.tell() + _LOCAL.size + len(info.filename) + 20 * wide + 4
-    num_padding = -start % ALIGNMENT
-    info.extra = b"FB" + struct.pack("<H", num_padding) + b"Z" * num_padding
-    with archive.open(info, "w", force_zip64=wide) as member:
-        for chunk in chunks:
-            write_in_pieces(member, chunk)
+    def __enter__(self) -> "ZipWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with contextlib.suppress(*([] if kind is None else [Exception])):  # of an end that nobody will look at
+            self._archive.close()
+
+    @contextlib.contextmanager
+    def member(self, name: str, num_bytes: int):
+        """Something with a `write`, for that many bytes. They start at a multiple of ALIGNMENT, by padding as torch's.
+
+        Raises: ValueError where others have been written.
+        """
+        info = zipfile.ZipInfo(f"archive/{name}")  # with zip's first date, 1980: equal trees give equal files
+        info.file_size = num_bytes
+        wide = num_bytes > WIDE_BYTES
+        start = self._archive.fp.tell() + _LOCAL.size + len(info.filename) + 20 * wide + 4
+        num_padding = -start % ALIGNMENT
+        info.extra = b"FB" + struct.pack("<H", num_padding) + b"Z" * num_padding
+        with self._archive.open(info, "w", force_zip64=wide) as member:
+            yield member
+        if info.file_size != num_bytes:
+            raise ValueError(f"{name} got {info.file_size} bytes, wanted {num_bytes}")
