@@ -9,9 +9,11 @@ import mmap
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import jax
@@ -427,6 +429,24 @@ def test_files_have_their_digests_in_whatever_order_they_are_read(order, small, 
             raw = (folder / name).read_bytes()
             assert found["source"]["files"][name] == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         assert found["tensors"] == manifest.hash_tensors(source.open_source(there))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("file", ["layer_00", "layer_02"])
+def test_a_flipped_bit_in_a_torch_file_is_met_while_it_is_streamed(file, ranks, small, tmp_path, capsys):
+    """In the last byte of the largest tensor: rows that only pad a table, which are not written, or a kernel's."""
+    source.convert(small, tmp_path / "neox", format="neox", tensor_parallel=ranks)
+    path = tmp_path / f"neox/global_step0/{file}-model_00-model_states.pt"
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    raw = bytearray(path.read_bytes())
+    name_size, extra_size = struct.unpack_from("<2H", raw, largest.header_offset + 26)
+    raw[largest.header_offset + 30 + name_size + extra_size + largest.file_size - 1] ^= 1
+    path.write_bytes(raw)
+    for format in FORMATS:
+        message = refused(capsys, "convert", tmp_path / "neox", tmp_path / "out", "--to", format)
+        assert "is damaged (its checksum differs); download it again" in message
+        assert {one.name for one in tmp_path.iterdir()} == {"small", "neox"}
 
 
 def test_verify_finds_what_changed_since_it_was_written(small, tmp_path, capsys):

@@ -6,6 +6,7 @@ come, and Orbax and zarr's own tools read the array in our shape.
 """
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class FiledArray:
         padding = bytes(num_chunks * chunk_bytes - math.prod(self._layer) * self.itemsize)
         index = [(i * chunk_bytes, chunk_bytes) for i in range(num_chunks)]
         return padding + np.array(index, "<u8").tobytes()
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether an array's folder says that it is laid out so. Raises: OSError, ValueError."""
+        found = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+        return all(found.get(key) == value for key, value in self.metadata().items())
 
     def metadata(self) -> dict:
         """What zarr.json says."""

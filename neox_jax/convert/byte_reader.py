@@ -5,9 +5,10 @@ pages would add up to the whole file.
 """
 
 import contextlib
+import dataclasses
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from neox_jax.errors import InputError
@@ -15,10 +16,28 @@ from neox_jax.errors import InputError
 CHUNK_BYTES = 8 << 20  # what is read and not kept is read in pieces of this
 
 
+@dataclasses.dataclass(frozen=True)
+class RawBytes:
+    """Bytes as they are stored. read(start, out): those from `start` on, into a writable buffer. path: of the file in
+    which they begin at `start`, or None where that is no plain file. stream: where there is a checksum of just these
+    bytes, gives a `read` without it and what is to be updated with all of them, in order, which raises at the last."""
+
+    num_bytes: int
+    read: Callable[[int, memoryview], None]
+    path: str | None
+    start: int
+    stream: Callable[[], tuple[Callable[[int, memoryview], None], list]] | None = None
+
+    def cut(self, num_bytes: int) -> "RawBytes":
+        """The first of them."""
+        return self if num_bytes >= self.num_bytes else dataclasses.replace(self, num_bytes=num_bytes, stream=None)
+
+
 class ByteReader:
-    """Bounds-checked reads of bytes in memory. path: of the file that this is all of, or None."""
+    """Bounds-checked reads of bytes in memory. path, first: of the file in which they begin there; None if in none."""
 
     path: str | None = None
+    first = 0
 
     def __init__(self, data: bytes):
         self._data, self.name, self.num_bytes = memoryview(data), "the given bytes", len(data)
@@ -33,6 +52,10 @@ class ByteReader:
         out = bytearray(num_bytes)
         self.read_into(start, out)
         return out
+
+    def raw(self, start: int, num_bytes: int) -> RawBytes:
+        """`num_bytes` bytes from `start`."""
+        return RawBytes(num_bytes, lambda first, out: self.read_into(start + first, out), self.path, self.first + start)
 
     def read_into(self, start: int, out) -> None:
         """Fills `out`, a writable buffer of bytes, from `start`. Raises: InputError if not all of them are there."""

@@ -14,7 +14,7 @@ import numpy as np
 
 # At a time to a file. Linux 6.18 on ext4, 3 GB and fsync: 1.4 GB/s in writes of 128 KiB, 0.35 in writes of 8 MiB.
 PIECE_BYTES = 128 << 10
-MAX_DIGESTS = 2  # of the same bytes
+MAX_DIGESTS = 3  # of the same bytes
 MAX_BLOCKS = 4  # that are used and not hashed yet
 BUFFER_BYTES, NUM_BUFFERS = 4 << 20, 8  # written as one; filled ones wait, so that the disk does not
 

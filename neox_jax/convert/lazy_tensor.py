@@ -1,22 +1,11 @@
 """Tensors in a file, of which all or a part is read when it is asked for."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader
-
-
-@dataclasses.dataclass(frozen=True)
-class RawBytes:
-    """Bytes as they are stored. read(start, out): those from `start` on, into a writable buffer. path: of the file in
-    which they begin at `start`, or None where that is no plain file."""
-
-    read: Callable[[int, memoryview], None]
-    path: str | None
-    start: int
+from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, RawBytes
 
 
 class LazyTensor:
@@ -37,13 +26,11 @@ class LazyTensor:
         return f"LazyTensor(shape={self.shape}, dtype={self.dtype.name})"
 
     @property
-    def raw(self) -> RawBytes | None:
+    def raw(self) -> list[RawBytes] | None:
         """Its bytes, where they are in the file in order."""
         if self.dtype == np.bool_ or not _is_contiguous(self.shape, self._strides):
             return None
-        return RawBytes(
-            lambda start, out: self._reader.read_into(self._start + start, out), self._reader.path, self._start
-        )
+        return [self._reader.raw(self._start, math.prod(self.shape) * self.dtype.itemsize)]
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Its elements in order, as new C-contiguous arrays of at most CHUNK_BYTES."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 import neox_jax
-from neox_jax.convert.byte_reader import FileReader
+from neox_jax.convert.byte_reader import FileReader, RawBytes
 from neox_jax.convert.files import read_json, to_json
-from neox_jax.convert.stored import Digests, StoredModel, StoredTensor, blocks, raw_of
+from neox_jax.convert.stored import Digests, StoredModel, StoredTensor, blocks, raw_parts
 from neox_jax.errors import InputError
 
 MANIFEST, FORMAT = "conversion.json", 1
@@ -31,7 +31,7 @@ class Hashing:
     """
 
     def __init__(self, stored: StoredModel):
-        self._followed = {path: _FollowedFile(path) for path in _files_in_order(stored)}
+        self._followed = {path: _FollowedFile(path, last) for path, last in _files_in_order(stored).items()}
         self.digests = _DigestsAndFiles(self._followed)
         self._stored, self._cancelled = stored, threading.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "hashing")
@@ -61,23 +61,25 @@ class Hashing:
         return {os.path.relpath(path, shared): about for path, about in found.items()}
 
 
-def _files_in_order(stored: StoredModel) -> list[str]:
-    """The files of which the tensors, in order, have the parts in order."""
+def _files_in_order(stored: StoredModel) -> dict[str, int]:
+    """The files of which the tensors, in order, have the parts in order, and where the last of these ends."""
     starts = {}
     for tensor in stored.tensors.values():
-        raw = raw_of(tensor)
-        if raw is not None and raw.path is not None:
-            starts.setdefault(raw.path, []).append(raw.start)
-    return [path for path, found in starts.items() if found == sorted(found)]
+        for raw in raw_parts(tensor) or ():
+            starts.setdefault(raw.path, []).append((raw.start, raw.num_bytes))
+    known = {os.path.abspath(path) for path in stored.digests}
+    followed = {path: found for path, found in starts.items() if path not in (None, *known) and found == sorted(found)}
+    return {path: sum(found[-1]) for path, found in followed.items()}
 
 
 class _FollowedFile:
     """A file that is hashed by what is read of it. What is between that is read here, or all, where it is not read in
     order after all."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, last: int):
+        """last: where what is read of it ends; the rest is read here at once."""
         self._reader, self._digest, self._position = FileReader(Path(path)), hashlib.sha256(), 0
-        self._in_order = True
+        self._in_order, self._last = True, last
 
     def update(self, start: int, data: memoryview) -> None:
         self._in_order = self._in_order and start >= self._position
@@ -85,6 +87,8 @@ class _FollowedFile:
             self._read_until(start)
             self._digest.update(data)
             self._position += len(data)
+            if self._position == self._last:
+                self._read_until(self._reader.num_bytes)
 
     def about(self) -> dict:
         if not self._in_order:
@@ -115,10 +119,8 @@ class _DigestsAndFiles(Digests):
         super().__init__()
         self._followed = followed
 
-    def begin(self, name: str, tensor: StoredTensor) -> list:
-        raw = raw_of(tensor)
-        file = None if raw is None else self._followed.get(raw.path)
-        return super().begin(name, tensor) + ([] if file is None else [_Part(file, raw.start)])
+    def of_file(self, raw: RawBytes) -> list:
+        return [_Part(self._followed[raw.path], raw.start)] if raw.path in self._followed else []
 
 
 def hash_tensors(stored: StoredModel) -> dict[str, dict]:

@@ -27,7 +27,7 @@ from neox_jax.convert.neox_settings import (
     to_settings,
     to_yaml,
 )
-from neox_jax.convert.stored import Digests, StoredModel, blocks, from_model, to_model
+from neox_jax.convert.stored import Digests, StoredModel, blocks, from_model, raw_parts, to_model
 from neox_jax.convert.torch_files import TensorSpec, TorchWriter, save_torch_file
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
@@ -186,7 +186,11 @@ def _write_layer(
             ranks.append(open_files.enter_context(TorchWriter(file, tree)))
         for name in held:
             row, tensor = places[name][0], stored.tensors[name]
-            read = files.hashed(blocks(tensor), [] if digests is None else digests.begin(name, tensor))
+            updated = []
+            if digests is not None:
+                raw = raw_parts(tensor) or []
+                updated = [digests.begin(name), *(digests.of_file(raw[0]) if len(raw) == 1 else [])]
+            read = files.hashed(blocks(tensor), updated)
             with contextlib.ExitStack() as open_members:
                 members = [open_members.enter_context(rank.next_tensor()) for rank in ranks]
                 for rank, piece in split(row, tensor, read, num_ranks, config):

@@ -6,15 +6,17 @@ whose sum counts: the biases behind row-parallel layers of a model with parallel
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from neox_jax.config import DTYPES, ModelConfig
 from neox_jax.convert import names
+from neox_jax.convert.byte_reader import RawBytes
 from neox_jax.convert.names import COPIES, INPUTS, OUTPUTS, SHARES
 from neox_jax.convert.neox_files import NeoxFiles
-from neox_jax.convert.stored import StoredTensor, expected_shapes
+from neox_jax.convert.stored import StoredTensor, expected_shapes, raw_parts
 
 VOCAB_MULTIPLE = 128  # NeoX's make_vocab_size_divisible_by; a vocabulary is padded to this many rows a rank
 
@@ -49,6 +51,19 @@ class Merged:
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(self.ranks[0].dtype)
+
+    @property
+    def raw(self) -> list[RawBytes] | None:
+        """Where the ranks' parts are its rows, those but the ones that only pad."""
+        parts = [raw_parts(rank) for rank in self.ranks]
+        if (self.how != OUTPUTS and len(parts) > 1) or not all(parts):
+            return None
+        found, left = [], math.prod(self.shape) * self.dtype.itemsize
+        for raw in itertools.chain(*parts):
+            if left:
+                found.append(raw.cut(left))
+                left -= found[-1].num_bytes
+        return found
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         """Part of the whole tensor; slices have plain bounds."""

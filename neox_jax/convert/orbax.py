@@ -1,6 +1,7 @@
 """Our own runs' parameters as stored tensors, and stored tensors as a run's step 0, a layer of one at a time."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -18,8 +19,9 @@ from neox_jax.checkpoint.sums import SUMS, read_sums
 from neox_jax.checkpoint.tensor_files import FiledArray, create_arrays
 from neox_jax.checkpoint.trees import check_tree, read_tree
 from neox_jax.convert import names
+from neox_jax.convert.byte_reader import FileReader, RawBytes
 from neox_jax.convert.byte_writer import LargeFiles
-from neox_jax.convert.stored import Digests, StoredModel, write_tensor
+from neox_jax.convert.stored import Digests, StoredModel, num_bytes, write_tensor
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.train_state import pure_params
@@ -53,12 +55,15 @@ def read_step(folder: Path) -> StoredModel:
     arrays = read_leaves(params)
     found = {}
     for name, leaf in leaves.items():
-        row = names.BY_NAME[name]
+        row, filed = names.BY_NAME[name], _as_files(name, leaf)
+        as_files = filed if (params / name).is_dir() and filed.is_in(params / name) else None
         shape = leaf.shape[1:] if row.stacked else leaf.shape
         if row.is_table:
             shape = (config.vocab_size, *shape[1:])
         for layer in row.layers(leaf.shape):
-            found[row.hf_name(layer)] = _InArray(name, arrays[name], layer, shape, row, np.dtype(leaf.dtype))
+            found[row.hf_name(layer)] = _InArray(
+                name, arrays[name], layer, shape, row, np.dtype(leaf.dtype), params / name, as_files
+            )
     order = names.in_order(config.num_hidden_layers)
     tensors = {name: found[name] for name in order if name in found}
     files = tuple(sorted(path for path in params.rglob("*") if path.is_file()))
@@ -70,7 +75,8 @@ def read_step(folder: Path) -> StoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class _InArray:
-    """One layer of an array on disk. ours: the layer's shape in our layout, without rows that only pad."""
+    """One layer of an array on disk. ours: the layer's shape in our layout, without rows that only pad. folder: the
+    array's, where it has one. filed: how its files are, where they are ours."""
 
     name: str
     array: ts.TensorStore
@@ -78,10 +84,20 @@ class _InArray:
     ours: tuple[int, ...]
     row: names.Row
     dtype: np.dtype
+    folder: Path
+    filed: FiledArray | None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return names.stored_shape(self.ours, self.row.dims)
+
+    @functools.cached_property
+    def raw(self) -> list[RawBytes] | None:
+        if self.filed is None:
+            return None
+        reader, ending = FileReader(self.folder / self.filed.path(self.layer)), self.filed.ending()
+        end = reader.num_bytes - len(ending)
+        return [reader.raw(0, num_bytes(self))] if reader.read(end, len(ending)) == ending else None
 
     @property
     def row_unit(self) -> int:
@@ -109,11 +125,7 @@ def write_run(stored: StoredModel, folder: Path, digests: Digests | None = None)
     """Writes a run folder with these parameters as step 0. digests: gets the tensors' too."""
     config, digests = dataclasses.replace(stored.config, vocab_multiple=1), Digests() if digests is None else digests
 
-    def filed(name: str, leaf) -> FiledArray:
-        row = names.BY_NAME[name]
-        return FiledArray(leaf.shape, stored.dtype, row.stacked, tuple(itertools.chain(*row.dims)))
-
-    arrays = map_named(filed, pure_params(abstract_model(config, dtype=stored.dtype)))
+    arrays = map_named(_as_files, pure_params(abstract_model(config, dtype=stored.dtype)))
 
     def write(params: Path) -> tuple[ocp.CheckpointHandler, dict[Path, str]]:
         handler = create_arrays(params, arrays)
@@ -131,6 +143,12 @@ def write_run(stored: StoredModel, folder: Path, digests: Digests | None = None)
         return handler, {path: _hash_on(digests[name], ending) for name, (path, ending) in files.items()}
 
     write_step_zero(folder, make_meta(config, arrays), write)
+
+
+def _as_files(name: str, leaf) -> FiledArray:
+    """A parameter as files of its stored tensors."""
+    row = names.BY_NAME[name]
+    return FiledArray(leaf.shape, np.dtype(leaf.dtype), row.stacked, tuple(itertools.chain(*row.dims)))
 
 
 def write_model(model: NeoX, folder: Path) -> None:

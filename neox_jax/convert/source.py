@@ -23,11 +23,20 @@ from neox_jax.convert.adapter import (
     merge,
     read_adapter_step,
 )
+from neox_jax.convert.byte_reader import RawBytes
 from neox_jax.convert.files import is_partial, read_json, written_whole
-from neox_jax.convert.lazy_tensor import RawBytes
 from neox_jax.convert.manifest import MANIFEST, Hashing, identify
 from neox_jax.convert.neox_files import is_neox_folder, locate_step
-from neox_jax.convert.stored import Digests, StoredModel, Wrapped, check_dtype, from_model, padded_for, raw_of, to_model
+from neox_jax.convert.stored import (
+    Digests,
+    StoredModel,
+    Wrapped,
+    check_dtype,
+    from_model,
+    padded_for,
+    raw_parts,
+    to_model,
+)
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX
 from neox_jax.quantize import quantize_model
@@ -305,14 +314,23 @@ class _Counted(Wrapped):
     count: Callable[[int], None]
 
     @property
-    def raw(self) -> RawBytes | None:
-        raw = raw_of(self.tensor)
+    def raw(self) -> list[RawBytes] | None:
+        parts = raw_parts(self.tensor)
+        return None if parts is None else [self._counted(raw) for raw in parts]
 
-        def read(start: int, out: memoryview) -> None:
-            raw.read(start, out)
-            self.count(len(out))
+    def _counted(self, raw: RawBytes) -> RawBytes:
+        def counting(read: Callable[[int, memoryview], None]) -> Callable[[int, memoryview], None]:
+            def counted(start: int, out: memoryview) -> None:
+                read(start, out)
+                self.count(len(out))
 
-        return None if raw is None else dataclasses.replace(raw, read=read)
+            return counted
+
+        def stream() -> tuple[Callable[[int, memoryview], None], list]:
+            read, checks = raw.stream()
+            return counting(read), checks
+
+        return dataclasses.replace(raw, read=counting(raw.read), stream=raw.stream and stream)
 
     def read(self, slices: tuple[slice, ...]) -> np.ndarray:
         part = self.tensor.read(slices)

@@ -18,7 +18,7 @@ import numpy as np
 
 from neox_jax.config import DTYPES, ModelConfig, check_choice
 from neox_jax.convert import names
-from neox_jax.convert.lazy_tensor import RawBytes
+from neox_jax.convert.byte_reader import RawBytes
 from neox_jax.errors import InputError
 from neox_jax.lora import is_factor
 from neox_jax.model import NeoX, abstract_model
@@ -32,7 +32,7 @@ class StoredTensor(Protocol):
     """A tensor that can be read in parts.
 
     One whose rows cannot be read one by one at no extra cost has a `row_unit`: how many belong together. One whose
-    bytes are in a file as they are has `raw`, as `LazyTensor` has.
+    bytes are stored as they are has `raw`: where they are, one part after the other.
     """
 
     shape: tuple[int, ...]
@@ -115,27 +115,31 @@ def blocks(tensor: StoredTensor) -> Iterator[np.ndarray]:
 
 
 class Digests(dict[str, Any]):
-    """`hashlib` objects of tensors by name, complete when all is written."""
+    """`hashlib` objects of tensors by name, complete when all is written; a writer updates them with the bytes."""
 
-    def begin(self, name: str, tensor: StoredTensor) -> list:
-        """What a writer has to `update` with a tensor's bytes."""
+    def begin(self, name: str):
         self[name] = hashlib.sha256()
-        return [self[name]]
+        return self[name]
+
+    def of_file(self, raw: RawBytes) -> list:
+        """What else wants to be updated with these bytes."""
+        return []
 
 
 def write_tensor(file, name: str, tensor: StoredTensor, digests: Digests | None) -> None:
     """Writes a tensor's bytes to a file of `LargeFiles`, and hashes them into `digests`."""
-    updated = [] if digests is None else digests.begin(name, tensor)
-    raw = raw_of(tensor)
-    if raw is not None:
-        file.fill(num_bytes(tensor), raw.read, updated)
+    mine = [] if digests is None else [digests.begin(name)]
+    if (parts := raw_parts(tensor)) is None:
+        for block in blocks(tensor):
+            file.write(block.reshape(-1).view(np.uint8).data, mine)
         return
-    for block in blocks(tensor):
-        file.write(block.reshape(-1).view(np.uint8).data, updated)
+    for raw in parts:
+        read, checks = (raw.read, []) if raw.stream is None else raw.stream()
+        file.fill(raw.num_bytes, read, [*mine, *([] if digests is None else digests.of_file(raw)), *checks])
 
 
-def raw_of(tensor: StoredTensor) -> RawBytes | None:
-    """Its bytes where they are stored as they are."""
+def raw_parts(tensor: StoredTensor) -> list[RawBytes] | None:
+    """What its bytes are one after the other, where they are stored as they are."""
     return getattr(tensor, "raw", None)
 
 

@@ -1,12 +1,14 @@
 """The zip of PyTorch's .bin and .pt files: a folder of stored members, read strictly and written as torch does."""
 
 import contextlib
+import dataclasses
 import itertools
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 
-from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, show_name
+from neox_jax.convert.byte_reader import CHUNK_BYTES, ByteReader, RawBytes, show_name
 
 MAX_MEMBERS, MAX_DIRECTORY_BYTES = 1 << 16, 16 << 20
 ALIGNMENT, WIDE_BYTES = 64, 1 << 30  # a written member of more bytes has zip64 sizes
@@ -23,10 +25,21 @@ class Member(ByteReader):
 
     def __init__(self, reader: ByteReader, name: str, start: int, num_bytes: int, crc: int):
         self.name, self.start, self.num_bytes = name, start, num_bytes
+        self.path, self.first = reader.path, reader.first + start
         self._reader, self._crc, self._is_checked = reader, crc, crc == 0
 
     def refuse(self, why: str):
         self._reader.refuse(f"member {show_name(self.name)} {why}")
+
+    def raw(self, start: int, num_bytes: int) -> RawBytes:
+        found = super().raw(start, num_bytes)
+        return dataclasses.replace(found, stream=self._stream) if num_bytes == self.num_bytes > 0 else found
+
+    def _stream(self) -> tuple[Callable[[int, memoryview], None], list]:
+        def read(start: int, out: memoryview) -> None:
+            self._reader.read_into(self.start + start, out)
+
+        return read, [] if self._is_checked else [_Check(self)]
 
     def read_into(self, start: int, out) -> None:
         self.check_bounds(start, len(out))
@@ -46,9 +59,25 @@ class Member(ByteReader):
             part = buffer[first : first + num_bytes]
             self._reader.read_into(self.start + start, part)
             crc = zlib.crc32(part, crc)
+        self.compare(crc)
+
+    def compare(self, crc: int) -> None:
+        """Raises: InputError if this is not the checksum of its bytes."""
         if crc != self._crc:
             self.refuse("is damaged (its checksum differs); download it again")
         self._is_checked = True
+
+
+class _Check:
+    """The checksum of a member whose bytes are given one after the other; compared at the last."""
+
+    def __init__(self, member: Member):
+        self._member, self._crc, self._left = member, 0, member.num_bytes
+
+    def update(self, data: memoryview) -> None:
+        self._crc, self._left = zlib.crc32(data, self._crc), self._left - len(data)
+        if self._left == 0:
+            self._member.compare(self._crc)
 
 
 def read_directory(reader: ByteReader) -> tuple[str, dict[str, Member]]:
