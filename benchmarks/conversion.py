@@ -1,14 +1,14 @@
 """Memory and speed of conversions, beside `cp` of the same files in the same run.
 
-    python benchmarks/conversion.py FOLDER [--layers 4] [--rounds 3] [--evicted] [--output benchmarks/results]
+    python benchmarks/conversion.py FOLDER [--layers 8] [--rounds 3] [--evicted] [--output benchmarks/results]
 
 Makes a checkpoint of GPT-NeoX-20B's width with random weights in FOLDER (which needs about four times its size), in
-shards that are each larger than what a conversion may take. Each round copies it with cp and converts it to each
-format and back to Hugging Face's, one after the other. A conversion ends when what it wrote is on disk, so cp is
-timed to its end and to the end of a sync behind it. A first round is not counted: it touches memory that the machine
-has not given out yet. --evicted: what is read, by cp too, is on disk alone and not in memory, as a checkpoint is that
-was downloaded and is larger than it. Memory is RssAnon, sampled from outside every 5 ms. The bound is what it is
-after the imports, and the largest tensor, and 1 GiB.
+shards that are each larger than what a conversion may take. Each round converts it to each format and back to Hugging
+Face's, one after the other, each beside cp of the files that it reads. A conversion ends when what it wrote is on
+disk, so cp is timed to its end and to the end of a sync behind it. What is read, by both, is in memory; with --evicted
+it is on disk alone, as a checkpoint is that was downloaded and is larger than memory. A first round is not counted: it
+touches memory that the machine has not given out yet. Memory is RssAnon, sampled from outside every 5 ms. The bound is
+what it is after the imports, and the largest tensor, and 1 GiB.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, num_layers: int) -> StoredModel:
     tensors = {name: RandomTensor(pool, 7919 * i, shape) for i, (name, shape) in enumerate(shapes.items())}
     model = StoredModel(config, tensors, str(folder))
     shutil.rmtree(folder, ignore_errors=True)
-    save_hf(model, folder, max_shard_bytes=3e9)
+    save_hf(model, folder, max_shard_bytes=0.6 * model.num_bytes)
     return model
 
 
@@ -106,6 +106,16 @@ def evict(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_all(folder: Path) -> None:
+    """Has the files under a folder in the page cache."""
+    buffer = bytearray(1 << 20)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
 def copy(source: Path, destination: Path) -> tuple[float, float]:
     """Seconds of cp, and until its files are on disk."""
     shutil.rmtree(destination, ignore_errors=True)
@@ -122,7 +132,7 @@ def copy(source: Path, destination: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--evicted", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -137,11 +147,10 @@ def main() -> None:
     found = {pair: [] for pair in PAIRS}
     for warm in [False] + [True] * args.rounds:
         for pair in PAIRS:
-            if args.evicted:
-                evict(source)
-            cp_seconds, synced_seconds = copy(source, args.folder / "copy")
-            if args.evicted:
-                evict(args.folder / pair[0])
+            prepare = evict if args.evicted else read_all
+            prepare(args.folder / pair[0])
+            cp_seconds, synced_seconds = copy(args.folder / pair[0], args.folder / "copy")
+            prepare(args.folder / pair[0])
             destination = args.folder / (pair[1] if pair[0] == "source" else f"{pair[0]}-{pair[1]}")
             seconds, before, peak = convert(args.folder / pair[0], destination, pair[1])
             run = {"seconds": seconds, "cp": cp_seconds, "cp_sync": synced_seconds, "before": before, "peak": peak}
@@ -171,20 +180,19 @@ def main() -> None:
             f"{a} -> {b}": {
                 "speed_relative_to_cp": statistics.median(run["cp"] / run["seconds"] for run in runs),
                 "speed_relative_to_cp_and_sync": statistics.median(run["cp_sync"] / run["seconds"] for run in runs),
+                "cp_gigabytes_per_second": statistics.median(model.num_bytes / 1e9 / run["cp"] for run in runs),
                 "gigabytes_per_second": statistics.median(model.num_bytes / 1e9 / run["seconds"] for run in runs),
                 "peak_bytes_above_imports": max(run["peak"] - run["before"] for run in runs),
             }
             for (a, b), runs in found.items()
         },
-        "cp_gigabytes_per_second": statistics.median(
-            model.num_bytes / 1e9 / run["cp"] for runs in found.values() for run in runs
-        ),
         "rounds": args.rounds,
         "evicted": args.evicted,
     }
     print(json.dumps(result, indent=2))
     if args.output is not None:
-        path = args.output / f"{result['date']}-conversion{'-evicted' if args.evicted else ''}-cpu.json"
+        kind = f"{model.num_bytes / 1e9:.0f}gb{'-evicted' if args.evicted else ''}"
+        path = args.output / f"{result['date']}-conversion-{kind}-cpu.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from neox_jax.config import ModelConfig, check_choice
+from neox_jax.convert import names
 from neox_jax.convert.byte_writer import LargeFiles
 from neox_jax.convert.files import join_problems, to_json, written_whole
 from neox_jax.convert.neox_files import LATEST, MLP_NAMES, NeoxFiles, locate_step
@@ -153,48 +154,44 @@ def _write_layers(
 ) -> None:
     """Writes every layer's files, those of all ranks at once, so that each tensor is read once."""
     places = place_of(stored.config)
-    layers: dict[int, list[str]] = {}  # in the order in which they are stored
+    layers: dict[int, dict[str, names.Row]] = {}  # in the order in which they are stored
     for name in stored.tensors:
-        layers.setdefault(places[name][1], []).append(name)
+        row, number = places[name]
+        layers.setdefault(number, {})[name] = row
     with LargeFiles(num_ranks) as files:
-        for number, held in layers.items():
-            paths = [folder / f"layer_{number:02d}-model_{rank:02d}-model_states.pt" for rank in range(num_ranks)]
-            _write_layer(stored, held, files, paths, renamed, digests)
-
-
-def _write_layer(
-    stored: StoredModel,
-    held: list[str],
-    files: LargeFiles,
-    paths: list[Path],
-    renamed: dict[str, str],
-    digests: Digests | None,
-) -> None:
-    """Writes the tensors of these names for each rank."""
-    config, places, num_ranks = stored.config, place_of(stored.config), len(paths)
-    with contextlib.ExitStack() as open_files:
-        ranks = []
-        for path in paths:
-            tree = {}
-            for name in held:
-                row, tensor = places[name][0], stored.tensors[name]
-                neox_name = row.neox_name
+        for number, rows in layers.items():
+            specs = {}
+            for name, row in rows.items():
+                neox_name, tensor = row.neox_name, stored.tensors[name]
                 for dense, other in renamed.items():
                     neox_name = neox_name.replace(dense, other)
-                tree[neox_name] = TensorSpec(shape_on_rank(row, tensor.shape, num_ranks, config), tensor.dtype)
-            file = open_files.enter_context(files.create(path))
-            ranks.append(open_files.enter_context(TorchWriter(file, tree)))
-        for name in held:
-            row, tensor = places[name][0], stored.tensors[name]
-            updated = []
-            if digests is not None:
-                raw = raw_parts(tensor) or []
-                updated = [digests.begin(name), *(digests.of_file(raw[0]) if len(raw) == 1 else [])]
-            read = files.hashed(blocks(tensor), updated)
-            with contextlib.ExitStack() as open_members:
-                members = [open_members.enter_context(rank.next_tensor()) for rank in ranks]
-                for rank, piece in split(row, tensor, read, num_ranks, config):
-                    members[rank].write(piece.reshape(-1).view(np.uint8).data)
+                specs[neox_name] = TensorSpec(shape_on_rank(row, tensor.shape, num_ranks, stored.config), tensor.dtype)
+            with contextlib.ExitStack() as opened:
+                writers = []
+                for rank in range(num_ranks):
+                    path = folder / f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
+                    writers.append(opened.enter_context(TorchWriter(opened.enter_context(files.create(path)), specs)))
+                for name, row in rows.items():
+                    _write_tensor(stored, name, row, files, writers, digests)
+
+
+def _write_tensor(
+    stored: StoredModel,
+    name: str,
+    row: names.Row,
+    files: LargeFiles,
+    writers: list[TorchWriter],
+    digests: Digests | None,
+) -> None:
+    """Writes each rank's part of a tensor, and hashes all of it."""
+    tensor, updated = stored.tensors[name], []
+    if digests is not None:
+        raw = raw_parts(tensor) or []
+        updated = [digests.begin(name), *(digests.of_file(raw[0]) if len(raw) == 1 else [])]
+    with contextlib.ExitStack() as opened:
+        members = [opened.enter_context(writer.next_tensor()) for writer in writers]
+        for rank, piece in split(row, tensor, files.hashed(blocks(tensor), updated), len(writers), stored.config):
+            members[rank].write(piece.reshape(-1).view(np.uint8).data)
 
 
 def _rank_state(config: ModelConfig, step: int, num_ranks: int) -> dict:
