@@ -125,12 +125,21 @@ def from_stored(array: np.ndarray, dims: Dims, shape: tuple[int, ...]) -> np.nda
     return (array if dims[0][0] == 0 else _transpose(array)).reshape(shape)
 
 
-def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """A transposed copy, by tiles: 2 to 3 times as fast as numpy's.
+def put_stored(rows: np.ndarray, dims: Dims, out: np.ndarray, start: int) -> None:
+    """Puts rows of the stored tensor, from `start` on, where they belong in `out`, contiguous and in our layout."""
+    stored = stored_shape(out.shape, dims)
+    if dims[0][0] == 0:
+        out.reshape(stored)[start : start + len(rows)] = rows
+    else:
+        _transpose(rows, out.reshape(stored[::-1])[:, start : start + len(rows)])
+
+
+def _transpose(matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """A transposed copy, in `out` if that is given, by tiles: 2 to 3 times as fast as numpy's.
 
     A tile is first copied to where its rows are not a power of two apart, which would have few places in the caches.
     """
-    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    out = np.empty(matrix.shape[::-1], matrix.dtype) if out is None else out
     tile = np.empty((_TILE, _TILE + 32), matrix.dtype)
     for row in range(0, matrix.shape[0], _TILE):
         for column in range(0, matrix.shape[1], _TILE):

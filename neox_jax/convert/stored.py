@@ -25,6 +25,7 @@ from neox_jax.model import NeoX, abstract_model
 from neox_jax.sharding import RULES
 from neox_jax.tree import map_named, named_leaves
 
+_JAX_ALIGNMENT = 64
 BLOCK_BYTES = 8 << 20  # of this size buffers are used again by the allocator, and stay in the processor's cache
 
 
@@ -106,12 +107,16 @@ def whole(tensor: StoredTensor) -> np.ndarray:
 
 def blocks(tensor: StoredTensor) -> Iterator[np.ndarray]:
     """Its rows in order, of about BLOCK_BYTES at a time, C-contiguous."""
-    row_bytes = num_bytes(tensor) // max(1, tensor.shape[0])
-    unit = getattr(tensor, "row_unit", 1)
-    step = max(1, BLOCK_BYTES // max(1, row_bytes) // unit) * unit
+    step = _rows_in_block(tensor)
     rest = tuple(slice(0, size) for size in tensor.shape[1:])
     for start in range(0, tensor.shape[0], step):
         yield np.ascontiguousarray(tensor.read((slice(start, min(start + step, tensor.shape[0])), *rest)))
+
+
+def _rows_in_block(tensor: StoredTensor) -> int:
+    row_bytes = num_bytes(tensor) // max(1, tensor.shape[0])
+    unit = getattr(tensor, "row_unit", 1)
+    return max(1, BLOCK_BYTES // max(1, row_bytes) // unit) * unit
 
 
 class Digests(dict[str, Any]):
@@ -287,22 +292,37 @@ def padded_for(config: ModelConfig, mesh) -> ModelConfig:
 def _read_part(row: names.Row, tensors: list[StoredTensor], shape, dtype, index: tuple[slice, ...]) -> np.ndarray:
     """Part of a parameter, in our layout. Table rows beyond those stored, which only pad it, are zeros."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    out = np.zeros([stop - start for start, stop in bounds], dtype)
+    out = _empty([stop - start for start, stop in bounds], dtype)
     if row.stacked:
         for i, tensor in enumerate(tensors[slice(*bounds[0])]):
-            out[i] = read_ours(row, tensor, shape[1:], bounds[1:])
+            _read_ours(row, tensor, shape[1:], bounds[1:], out[i])
         return out
     num_rows = tensors[0].shape[0]
     start, stop = (min(end, num_rows) for end in bounds[0])
+    out[stop - start :] = 0
     if start < stop:
-        out[: stop - start] = read_ours(row, tensors[0], shape, [(start, stop), *bounds[1:]])
+        _read_ours(row, tensors[0], shape, [(start, stop), *bounds[1:]], out[: stop - start])
     return out
 
 
-def read_ours(row: names.Row, tensor: StoredTensor, shape, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """Part of one layer of a parameter in our layout; shape: of the whole, bounds: (start, stop) for each dim."""
-    part = tensor.read(names.stored_slices(bounds, shape, row.dims))
-    return names.from_stored(part, row.dims, tuple(stop - start for start, stop in bounds))
+def _empty(shape: list[int], dtype) -> np.ndarray:
+    """An array that jax on a CPU takes as it is, without a copy."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + _JAX_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _JAX_ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _read_ours(row: names.Row, tensor: StoredTensor, shape, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
+    """Reads part of one layer of a parameter into `out`, contiguous and in our layout, a block at a time.
+
+    shape: of the whole layer, bounds: (start, stop) for each dim.
+    """
+    rows, *rest = names.stored_slices(bounds, shape, row.dims)
+    step = _rows_in_block(tensor)
+    for start in range(rows.start, rows.stop, step):
+        part = tensor.read((slice(start, min(start + step, rows.stop)), *rest))
+        names.put_stored(part, row.dims, out, start - rows.start)
 
 
 # ---- comparing
