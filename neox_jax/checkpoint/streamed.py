@@ -166,13 +166,27 @@ def copy_to_host(tree):
     return map_named(to_streamed, tree, shards)
 
 
+def read_about(folder: Path) -> dict:
+    """What Orbax says of the arrays in a folder. Raises: DamagedError."""
+    try:
+        about = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+        about["tree_metadata"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+    return about
+
+
+def _unreadable(folder: Path, error: Exception) -> DamagedError:
+    return DamagedError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}")
+
+
 def read_leaves(folder: Path) -> dict[str, ts.TensorStore]:
     """Maps the name of each array that is stored in a folder, with dots as in the tree, to it, to read parts of.
 
     Raises: DamagedError where they cannot be opened.
     """
+    about = read_about(folder)
     try:
-        about = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
         keys = [one["key_metadata"] for one in about["tree_metadata"].values() if not _is_empty(one)]
         driver = "zarr3" if about.get("use_zarr3", False) else "zarr"
         store = {"driver": "file", "path": f"{folder.absolute()}/"}
@@ -185,7 +199,7 @@ def read_leaves(folder: Path) -> dict[str, ts.TensorStore]:
         opened = {name: ts.open(spec, open=True, read=True) for name, spec in specs.items()}
         return {name: future.result() for name, future in opened.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise _unreadable(folder, error) from error
 
 
 def _is_empty(leaf: dict) -> bool:

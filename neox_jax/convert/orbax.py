@@ -14,14 +14,21 @@ from flax import nnx
 
 from neox_jax.checkpoint.commit import write_step_zero
 from neox_jax.checkpoint.steps import make_meta, read_meta, read_quantization
-from neox_jax.checkpoint.streamed import StreamedHandler, copy_to_host, params_handler, read_leaves, save_tree
+from neox_jax.checkpoint.streamed import (
+    StreamedHandler,
+    copy_to_host,
+    params_handler,
+    read_about,
+    read_leaves,
+    save_tree,
+)
 from neox_jax.checkpoint.sums import SUMS, read_sums
 from neox_jax.checkpoint.tensor_files import FiledArray, create_arrays
 from neox_jax.checkpoint.trees import check_tree, read_tree
 from neox_jax.convert import names
 from neox_jax.convert.byte_reader import FileReader, RawBytes
 from neox_jax.convert.byte_writer import LargeFiles
-from neox_jax.convert.stored import Digests, StoredModel, num_bytes, write_tensor
+from neox_jax.convert.stored import Digests, StoredModel, num_bytes, to_model, write_tensor
 from neox_jax.errors import InputError
 from neox_jax.model import NeoX, abstract_model
 from neox_jax.train_state import pure_params
@@ -29,7 +36,9 @@ from neox_jax.tree import map_named, named_leaves
 
 
 def load_step(folder: Path, *, mesh=None, dtype=None) -> NeoX:
-    """Restores the model of a step's folder onto the mesh, or onto the default device; dtype: cast once, on devices."""
+    """Loads the model of a step's folder onto the mesh, or onto the default device; dtype: cast once."""
+    if is_converted(folder):
+        return to_model(read_step(folder).cast(dtype), mesh=mesh)
     config, stored_dtype = read_meta(folder)
     quantization = read_quantization(folder)
     if quantization and dtype is not None:
@@ -41,6 +50,12 @@ def load_step(folder: Path, *, mesh=None, dtype=None) -> NeoX:
     graphdef, _ = nnx.split(target)
     model = nnx.merge(graphdef, read_tree(folder / "params", pure_params(target)))
     return model if dtype is None else jax.tree.map(lambda x: x.astype(dtype), model)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a step's parameters are files of tensors, as `write_run` makes them, which are read as any checkpoint's;
+    Orbax would restore them in our shape, in twice the time (`tensor_files`). Raises: DamagedError."""
+    return not read_about(folder / "params").get("use_ocdbt", True)
 
 
 def read_step(folder: Path) -> StoredModel:

@@ -103,7 +103,7 @@ def open_source(source: str | Path, *, revision: str | None = None, adapter: str
 def config_of(source: str | Path, *, mesh=None, revision: str | None = None) -> ModelConfig:
     """The model of a SOURCE as `load_model` makes it on the mesh; its weights are not read. Raises: as `load_model`."""
     kind, folder, found = _open(source, revision=revision, adapter=None, items=("meta",))
-    if kind == "orbax" and found is None:
+    if kind == "orbax" and found is None and not orbax.is_converted(folder):
         return read_meta(folder)[0]
     return padded_for(_READ[kind](folder).config, mesh)
 
