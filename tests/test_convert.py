@@ -121,6 +121,9 @@ def test_a_sharded_padded_model_is_written_as_it_was_loaded(format, small, tmp_p
     assert stored.compare(source.open_source(small), source.open_source(tmp_path / "out")) == []
     again = neox_jax.load_model(tmp_path / "out")
     assert again.embed_in.embedding[...].shape == (97, 32)
+    again = neox_jax.load_model(tmp_path / "out", mesh=mesh)
+    assert again.embed_in.embedding[...].shape == (100, 32)
+    assert source.config_of(tmp_path / "out", mesh=mesh) == again.config == model.config
 
 
 def test_a_run_in_many_chunks_keeps_every_bit(small, tmp_path, monkeypatch):
